@@ -1,0 +1,1 @@
+"""The model in plain PyTorch, one part per file."""

@@ -1,0 +1,270 @@
+"""Llama decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Touvron et al., 2023; grouped-query attention from Ainslie et al., 2023. Weight names are Hugging Face's below `model.`.
+
+Shape letters: B rows, T positions, S keys, C width, H heads, K key heads, D head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from aurora.model.attention import Backend, attention, causal_mask
+
+if TYPE_CHECKING:
+    from aurora.model.cache import KVCache
+
+
+@dataclass(kw_only=True, slots=True)
+class RopeScaling:
+    """Stretching of rotary positions to a longer context."""
+
+    rope_type: str = "linear"
+    """linear: positions divided by factor (Vicuna 16k). llama3: low frequencies divided, high ones kept (Llama 3.1)."""
+    factor: float = 1.0
+    """How much longer the context became."""
+    low_freq_factor: float = 1.0
+    """llama3: wavelengths above original_max_seq_len / this are divided by factor."""
+    high_freq_factor: float = 4.0
+    """llama3: wavelengths below original_max_seq_len / this are kept."""
+    original_max_seq_len: int = 8192
+    """llama3: context in tokens before stretching."""
+
+    def __post_init__(self) -> None:
+        if self.rope_type not in ("linear", "llama3"):
+            raise ValueError(f"text.rope_scaling.rope_type={self.rope_type!r}: want linear or llama3")
+        if self.factor <= 0:
+            raise ValueError(f"text.rope_scaling.factor={self.factor}: want a positive number")
+
+
+@dataclass(kw_only=True, slots=True)
+class LlamaConfig:
+    """Sizes of the language model; the defaults are Llama-7B's."""
+
+    vocab_size: int = 32000
+    """Token ids V."""
+    hidden_size: int = 4096
+    """Width C."""
+    intermediate_size: int = 11008
+    """Width of the MLP."""
+    num_layers: int = 32
+    """Decoder layers."""
+    num_heads: int = 32
+    """Query heads H; divides hidden_size."""
+    num_kv_heads: int = 32
+    """Key and value heads K; divides num_heads."""
+    norm_eps: float = 1e-5
+    """Epsilon of every RMSNorm."""
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Stretching of the rotary positions, or none."""
+    max_seq_len: int = 4096
+    """Context in tokens, stretching included."""
+    tie_word_embeddings: bool = False
+    """Use the input embeddings as the output head."""
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(f"text.num_heads={self.num_heads}: want a divisor of text.hidden_size={self.hidden_size}")
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"text.num_kv_heads={self.num_kv_heads}: want a divisor of text.num_heads={self.num_heads}")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+
+def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
+    """Angle per position of each pair of channels, (D / 2,) float32, scaling included."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponent
+    scaling = config.rope_scaling
+    if scaling is None:
+        return frequencies
+    stretched = frequencies / scaling.factor
+    if scaling.rope_type == "linear":
+        return stretched
+    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)  # full turns within the original context
+    blend = ((turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)).clamp(0.0, 1.0)
+    return torch.lerp(stretched, frequencies, blend)
+
+
+def rotary_table(config: LlamaConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, (B, T, 1, D) float32 each, both halves alike."""
+    angles = position_ids[..., None].float() * rotary_frequencies(config, position_ids.device)
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (B, T, 1, D)
+    return angles.cos(), angles.sin()
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate channel i of the first half with channel i of the second, in float32; (B, T, heads, D)."""
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = torch.cat([-second, first], dim=-1)
+    return (x.float() * cos + rotated * sin).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm in float32, scaled by a weight (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of (..., C)."""
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return self.weight * normed.to(x.dtype)
+
+
+class LlamaAttention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        backend: Backend,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        """Attend from (B, T, C) to the cached tokens and these; without a mask (B, T, S) the plain causal rule holds."""
+        q, k, v = (
+            rearrange(proj(x), "b t (h d) -> b t h d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
+        if cache is not None:
+            k, v = cache.update(layer, k, v)
+        out = attention(q, k, v, causal=mask is None, mask=mask, backend=backend)
+        return self.o_proj(rearrange(out, "b t h d -> b t (h d)"))
+
+
+class LlamaMLP(nn.Module):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LlamaLayer(nn.Module):
+    """Attention and MLP, pre-norm with residuals."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = LlamaAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = LlamaMLP(config)
+
+    def forward(
+        self,
+        x: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        backend: Backend,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        """Map (B, T, C) to (B, T, C)."""
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, backend, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Token embeddings, decoder layers, final norm and output head."""
+
+    def __init__(self, config: LlamaConfig, *, backend: Backend = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.backend: Backend = backend
+        self.activation_checkpointing = False
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embed token ids (B, T) as (B, T, C)."""
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        inputs_embeds: Tensor,
+        *,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        logits_to_keep: int = 0,
+    ) -> Tensor:
+        """Predict the next token at each position.
+
+        Args:
+            inputs_embeds: Embedded tokens, (B, T, C).
+            position_ids: Rotary position of each, (B, T) int64.
+            attention_mask: True for keys that exist, (B, S) bool, combined with the causal rule; or True where a query may
+                look, (B, T, S) bool, used as it stands. S counts the cached tokens too. None: all exist, causal.
+            cache: Read and extended in place.
+            logits_to_keep: Only the last so many positions get logits; 0 is all.
+
+        Returns:
+            Logits, (B, T or logits_to_keep, V), in the dtype of the model.
+
+        Raises:
+            ValueError: if the mask does not cover the keys.
+        """
+        num_queries = inputs_embeds.shape[1]
+        num_keys = num_queries + (cache.length if cache is not None else 0)
+        mask = _full_mask(attention_mask, num_queries, num_keys)
+        rotary = rotary_table(self.config, position_ids)
+        x = inputs_embeds
+        for index, layer in enumerate(self.layers):
+            if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(layer, x, rotary, mask, self.backend, None, index, use_reentrant=False)
+            else:
+                x = layer(x, rotary, mask, self.backend, cache, index)  # (B, T, C)
+        if cache is not None:
+            cache.advance(num_queries)
+        x = self.norm(x[:, -logits_to_keep:])
+        return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+
+
+def _full_mask(attention_mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor | None:
+    """Fold key validity into the causal rule: (B, T, S) bool, or None where the causal rule is all there is."""
+    if attention_mask is None:
+        return None
+    if attention_mask.shape[-1] != num_keys:
+        raise ValueError(f"attention_mask: covers {attention_mask.shape[-1]} keys, want {num_keys} (cached ones included)")
+    attention_mask = attention_mask.bool()
+    if attention_mask.ndim == 3:
+        return attention_mask
+    causal = causal_mask(num_queries, num_keys, device=attention_mask.device)
+    # A padding query sees itself, so that no row of the softmax is empty.
+    itself = torch.eye(num_keys, dtype=torch.bool, device=causal.device)[num_keys - num_queries :]
+    return (causal & attention_mask[:, None]) | itself
