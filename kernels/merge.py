@@ -1,13 +1,13 @@
 """Bipartite soft matching and the weighted merge of matched tokens.
 
-Token Merging (Bolya et al., 2023), sections 3 and appendix D. Tokens at even positions (set A) may merge into tokens at odd
-positions (set B): each A token is scored against every B token by cosine similarity of its metric, keeps its best partner, and
-the `r` best scored A tokens disappear into their partners.
+Token Merging (Bolya et al., 2023), sections 3 and appendix D. Tokens at even positions (set A) may merge into tokens
+at odd positions (set B): each A token is scored against every B token by cosine similarity of its metric, keeps its
+best partner, and the `r` best scored A tokens disappear into their partners.
 
-Precision contract: metric, norm and scores are float32 whatever the input dtype; sums accumulate in float32; sizes are float32.
-Tie rule: the partner is the lowest B index among equal scores; A tokens are ranked by score, equal scores by lower A index.
-Order of the result: unmerged A tokens, then every B token. With a class token (position 0, never merged) the unmerged A tokens
-stay in ascending order; without one they are ordered by descending score.
+Precision contract: metric, norm and scores are float32 whatever the input dtype; sums accumulate in float32; sizes
+are float32. Tie rule: the partner is the lowest B index among equal scores; A tokens are ranked by score, equal
+scores by lower A index. Order of the result: unmerged A tokens, then every B token. With a class token (position 0,
+never merged) the unmerged A tokens stay in ascending order; without one they are ordered by descending score.
 
 Shape letters: B rows, N tokens, C width, A = ceil(N / 2) tokens at even positions, R merged pairs.
 """
@@ -96,7 +96,9 @@ def merge_tokens(x: Tensor, size: Tensor, match: Matching) -> tuple[Tensor, Tens
         ValueError: if match was built for another N.
     """
     if x.shape[1] != match.num_tokens:
-        raise ValueError(f"merge_tokens: got {x.shape[1]} tokens, want the {match.num_tokens} the matching was built for")
+        raise ValueError(
+            f"merge_tokens: got {x.shape[1]} tokens, want the {match.num_tokens} the matching was built for"
+        )
     if match.src_idx.shape[1] == 0:
         return x, size
     width = x.shape[-1]

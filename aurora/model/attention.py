@@ -1,7 +1,8 @@
 """The one attention entry: grouped heads, masks, a bias per key, and the choice of backend.
 
-`eager` is the definition: scores and softmax in float32. `sdpa` is `torch.nn.functional.scaled_dot_product_attention`. `auto` is
-`sdpa`, except for a key bias in half precision, where a half-precision mask would round log(size): that runs `eager`.
+`eager` is the definition: scores and softmax in float32. `sdpa` is
+`torch.nn.functional.scaled_dot_product_attention`. `auto` is `sdpa`, except for a key bias in half precision, where a
+half-precision mask would round log(size): that runs `eager`.
 
 Shape letters: B rows, T queries, S keys, H query heads, K key heads, D head width.
 """
@@ -34,7 +35,8 @@ def attention(
         v: Values, (B, S, K, D).
         causal: The T queries are the last T of the S keys and see no key after themselves. Not together with `mask`.
         mask: True where a query may look, (B, T, S). A query that may look nowhere gets a finite, meaningless result.
-        key_bias: Added to every score of a key, (B, S) float32: log of the token sizes (proportional attention of ToMe).
+        key_bias: Added to every score of a key, (B, S) float32: log of the token sizes (proportional attention of
+            ToMe).
         backend: auto, eager or sdpa.
 
     Returns:
@@ -79,7 +81,9 @@ def _eager(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, causal: bool) -
     if causal:
         bias = causal_mask(q.shape[2], k.shape[2], device=q.device)
     if bias is not None:
-        scores = scores.masked_fill(~bias, torch.finfo(torch.float32).min) if bias.dtype == torch.bool else scores + bias
+        scores = (
+            scores.masked_fill(~bias, torch.finfo(torch.float32).min) if bias.dtype == torch.bool else scores + bias
+        )
     return scores.softmax(dim=-1).to(v.dtype) @ v
 
 

@@ -10,7 +10,7 @@ from aurora.model.llama import LlamaConfig
 
 
 class KVCache:
-    """Keys and values of every layer in memory allocated once; slots are filled from the left, the same in every row."""
+    """Keys and values of every layer in memory allocated once; slots fill from the left, alike in every row."""
 
     def __init__(
         self, config: LlamaConfig, *, batch_size: int, max_length: int, device: torch.device | str, dtype: torch.dtype

@@ -1,7 +1,7 @@
 """AuroraCap: encode and merge frames, project them, splice them into the text, decode.
 
-Chai et al., 2024. Shape letters: B rows, F frames, T text positions with placeholders, L positions after splicing, N visual tokens
-of a frame, C width of the language model, V vocabulary.
+Chai et al., 2024. Shape letters: B rows, F frames, T text positions with placeholders, L positions after splicing, N
+visual tokens of a frame, C width of the language model, V vocabulary.
 """
 
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ class VisualFeatures(NamedTuple):
     plans: tuple[MergePlan, ...]
     """Plan of each frame, the same for every clip."""
     traces: list[tuple[list[int], VisionTrace]]
-    """With trace=True: frame indices and the trace of those frames, clip-major; one entry per distinct plan and chunk."""
+    """With trace=True: frame indices and their trace, clip-major; one entry per distinct plan and chunk."""
 
     @property
     def counts(self) -> list[list[int]]:
@@ -123,7 +123,9 @@ class AuroraModel(nn.Module):
         """Of the language model's embeddings."""
         return self.language_model.embed_tokens.weight.device
 
-    def plan(self, num_frames: int, height_px: int, width_px: int, merge: MergeConfig | None = None) -> tuple[MergePlan, ...]:
+    def plan(
+        self, num_frames: int, height_px: int, width_px: int, merge: MergeConfig | None = None
+    ) -> tuple[MergePlan, ...]:
         """What merging will deliver for each frame of a clip, before anything runs; see `plan_clip`."""
         return plan_clip(
             merge or self.config.merge,
@@ -149,7 +151,9 @@ class AuroraModel(nn.Module):
             ValueError: if the shape does not fit, a value is not finite, or the plan is impossible.
         """
         if pixel_values.ndim != 5:
-            raise ValueError(f"pixel_values: got shape {tuple(pixel_values.shape)}, want (clips, frames, channels, height, width)")
+            raise ValueError(
+                f"pixel_values: got shape {tuple(pixel_values.shape)}, want (clips, frames, channels, height, width)"
+            )
         if not torch.isfinite(pixel_values).all():
             raise ValueError("pixel_values: got NaN or infinite pixels, want finite ones")
         merge = merge or self.config.merge
@@ -206,10 +210,17 @@ class AuroraModel(nn.Module):
         if input_ids.ndim != 2:
             raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, want (rows, tokens)")
         if visual is not None and len(visual.frames) != len(input_ids):
-            raise ValueError(f"input_ids has {len(input_ids)} rows, pixel_values {len(visual.frames)} clips; want as many")
+            raise ValueError(
+                f"input_ids has {len(input_ids)} rows, pixel_values {len(visual.frames)} clips; want as many"
+            )
         for name, other in (("attention_mask", attention_mask), ("labels", labels)):
             if other is not None and other.shape != input_ids.shape:
                 raise ValueError(f"{name}: got shape {tuple(other.shape)}, want {tuple(input_ids.shape)} as input_ids")
+        if visual is not None and not bool((input_ids == self.config.image_token_index).any()):
+            raise ValueError(
+                "input_ids: no placeholder in any row, but pixel_values holds clips; want one placeholder per frame, or "
+                "one for the whole clip"
+            )
         rows = []
         for row, ids in enumerate(input_ids):
             keep = slice(None) if attention_mask is None else attention_mask[row].bool()
@@ -217,23 +228,24 @@ class AuroraModel(nn.Module):
             rows.append(self._splice_row(row, ids[keep], clip, None if labels is None else labels[row][keep]))
         return _pad_rows(rows, padding_side, with_labels=labels is not None)
 
-    def _splice_row(
-        self, row: int, ids: Tensor, clip: list[Tensor], labels: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _splice_row(self, row: int, ids: Tensor, clip: list[Tensor], labels: Tensor | None) -> tuple[Tensor, Tensor]:
         """Embeddings (L, C) and labels (L,) of one row."""
         config = self.config
         is_placeholder = ids == config.image_token_index
         num_placeholders = int(is_placeholder.sum())
         if num_placeholders not in (0, 1, len(clip)) or (num_placeholders and not clip):
             raise ValueError(
-                f"row {row}: {num_placeholders} placeholder{'s' * (num_placeholders != 1)} in input_ids and {len(clip)} "
-                f"frame{'s' * (len(clip) != 1)} in pixel_values; want one placeholder per frame, or one for the whole clip"
+                f"row {row}: {num_placeholders} placeholder{'s' * (num_placeholders != 1)} in input_ids and "
+                f"{len(clip)} frame{'s' * (len(clip) != 1)} in pixel_values; want one placeholder per frame, or one "
+                f"for the whole clip"
             )
         text = ids[~is_placeholder]
         if text.numel() and (int(text.min()) < 0 or int(text.max()) >= config.text.vocab_size):
             wrong = next(i for i in text.tolist() if not 0 <= i < config.text.vocab_size)
-            raise ValueError(f"row {row}: token id {wrong} in input_ids; want 0 to {config.text.vocab_size - 1}, "
-                             f"or {config.image_token_index} for a placeholder")  # fmt: skip
+            raise ValueError(
+                f"row {row}: token id {wrong} in input_ids; want 0 to {config.text.vocab_size - 1}, or "
+                f"{config.image_token_index} for a placeholder"
+            )
         embeds = self.language_model.embed(ids.masked_fill(is_placeholder, 0))  # (T, C)
         labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels
         if num_placeholders == 0:

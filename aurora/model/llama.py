@@ -76,7 +76,9 @@ class LlamaConfig:
         if self.hidden_size % self.num_heads:
             raise ValueError(f"text.num_heads={self.num_heads}: want a divisor of text.hidden_size={self.hidden_size}")
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"text.num_kv_heads={self.num_kv_heads}: want a divisor of text.num_heads={self.num_heads}")
+            raise ValueError(
+                f"text.num_kv_heads={self.num_kv_heads}: want a divisor of text.num_heads={self.num_heads}"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -148,9 +150,10 @@ class LlamaAttention(nn.Module):
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
-        """Attend from (B, T, C) to the cached tokens and these; without a mask (B, T, S) the plain causal rule holds."""
+        """Attend from (B, T, C) to cached tokens and these; without a mask (B, T, S) the causal rule holds."""
         q, k, v = (
-            rearrange(proj(x), "b t (h d) -> b t h d", d=self.head_dim) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(proj(x), "b t (h d) -> b t h d", d=self.head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
         if cache is not None:
@@ -208,7 +211,9 @@ class Llama(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """Embed token ids (B, T) as (B, T, C)."""
@@ -228,8 +233,9 @@ class Llama(nn.Module):
         Args:
             inputs_embeds: Embedded tokens, (B, T, C).
             position_ids: Rotary position of each, (B, T) int64.
-            attention_mask: True for keys that exist, (B, S) bool, combined with the causal rule; or True where a query may
-                look, (B, T, S) bool, used as it stands. S counts the cached tokens too. None: all exist, causal.
+            attention_mask: True for keys that exist, (B, S) bool, combined with the causal rule; or True where a
+                query may look, (B, T, S) bool, used as it stands. S counts the cached tokens too. None: all exist,
+                causal.
             cache: Read and extended in place.
             logits_to_keep: Only the last so many positions get logits; 0 is all.
 
@@ -260,7 +266,9 @@ def _full_mask(attention_mask: Tensor | None, num_queries: int, num_keys: int) -
     if attention_mask is None:
         return None
     if attention_mask.shape[-1] != num_keys:
-        raise ValueError(f"attention_mask: covers {attention_mask.shape[-1]} keys, want {num_keys} (cached ones included)")
+        raise ValueError(
+            f"attention_mask: covers {attention_mask.shape[-1]} keys, want {num_keys} (cached ones included)"
+        )
     attention_mask = attention_mask.bool()
     if attention_mask.ndim == 3:
         return attention_mask

@@ -1,8 +1,8 @@
 """Which layers merge how many tokens, known before the encoder runs, and the bookkeeping of merged tokens.
 
-The published rule removes `r = int(W * H / patch**2 * (1 - token_kept_ratio) / num_layers)` tokens in every layer (xtuner
-aurora.py:895), at most half of the unprotected ones. It floors r and its features leave one layer early, so it keeps more than
-asked: 378 px at 0.2 delivers 171 of 729 tokens. A `MergePlan` therefore states what will be delivered.
+The published rule removes `r = int(W * H / patch**2 * (1 - token_kept_ratio) / num_layers)` tokens in every layer
+(xtuner aurora.py:895), at most half of the unprotected ones. It floors r and its features leave one layer early, so it
+keeps more than asked: 378 px at 0.2 delivers 171 of 729 tokens. A `MergePlan` therefore states what will be delivered.
 
 The matching and the merge themselves are ops: see `aurora.kernels.merge`. Shape letters: B rows, N tokens, C width.
 """
@@ -63,11 +63,11 @@ class MergeConfig:
     """How many visual tokens reach the language model, and how they get there."""
 
     token_kept_ratio: float = 1.0
-    """Share of the visual tokens to keep, in (0, 1]. The authors advise 0.2-0.4 for captions, above 0.5 for VQA, 0.8 for OCR."""
+    """Share of visual tokens to keep, in (0, 1]; the authors advise 0.2-0.4 for captions, > 0.5 for VQA, > 0.8 OCR."""
     schedule: Schedule = Schedule.constant
     """constant | exact | linear | list: how the merges are spread over the layers."""
     inflection: float = -1.0
-    """Slope of the linear schedule, in [-1, 1]: -1 merges most in the first layers (fastest), 0 evenly, 1 in the last."""
+    """Slope of the linear schedule, in [-1, 1]: -1 merges most in the first layers (fastest), 0 alike, 1 last."""
     r: list[int] = field(default_factory=list)
     """Tokens to merge in each layer that runs, for schedule=list."""
     visual_token_budget: int | None = None
@@ -90,7 +90,9 @@ class MergeConfig:
             if self.visual_token_budget < 1:
                 raise ValueError(f"merge.visual_token_budget={self.visual_token_budget}: want at least 1")
             if self.schedule is Schedule.list:
-                raise ValueError("merge.visual_token_budget: cannot hold together with merge.schedule=list; want one of them")
+                raise ValueError(
+                    "merge.visual_token_budget: cannot hold together with merge.schedule=list; want one of them"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,22 +131,28 @@ def plan_merge(
         The plan.
 
     Raises:
-        ValueError: if the frame holds no patch, `r` has the wrong length, or `exact` asks for fewer tokens than halving in
-            every layer can reach.
+        ValueError: if the frame holds no patch, `r` has the wrong length, or `exact` asks for fewer tokens than
+            halving in every layer can reach.
     """
     num_patches = _num_patches(height_px, width_px, vision.patch_size)
     if config.schedule is Schedule.exact:
         target = max(1, round(config.token_kept_ratio * num_patches))
-        return _plan_count(num_patches, target, [1.0] * num_active_layers, f"merge.token_kept_ratio={config.token_kept_ratio}")
+        return _plan_count(
+            num_patches, target, [1.0] * num_active_layers, f"merge.token_kept_ratio={config.token_kept_ratio}"
+        )
     if config.schedule is Schedule.list:
         if len(config.r) != num_active_layers:
-            raise ValueError(f"merge.r: got {len(config.r)} counts, want {num_active_layers}, one for each layer that runs")
+            raise ValueError(
+                f"merge.r: got {len(config.r)} counts, want {num_active_layers}, one for each layer that runs"
+            )
         return _plan_clamped(num_patches, config.r)
     # The published expression in its double-precision order: 112x280 at 0.8 gives 0 where exact arithmetic gives 1.
     r = int(width_px * height_px / vision.patch_size**2 * (1 - config.token_kept_ratio) / vision.num_layers)
     plan = _plan_clamped(num_patches, [r] * num_active_layers)
     if config.schedule is Schedule.linear:
-        return _plan_count(num_patches, plan.num_visual_tokens, _slope(config.inflection, num_active_layers), "merge.schedule=linear")
+        return _plan_count(
+            num_patches, plan.num_visual_tokens, _slope(config.inflection, num_active_layers), "merge.schedule=linear"
+        )
     return plan
 
 
@@ -159,8 +167,8 @@ def plan_clip(
 ) -> tuple[MergePlan, ...]:
     """Plan the merging of every frame of a clip; arguments as in `plan_merge`.
 
-    With a budget each merged frame gets the same count, so at most (number of merged frames - 1) tokens of it stay unused
-    unless every frame is delivered whole. With slowfast the first of several frames is not merged, and counts.
+    With a budget each merged frame gets the same count, so at most (number of merged frames - 1) tokens of it stay
+    unused unless every frame is delivered whole. With slowfast the first of several frames is not merged, and counts.
 
     Raises:
         ValueError: as `plan_merge`; or if the budget does not hold one token for each frame.
@@ -169,7 +177,9 @@ def plan_clip(
         raise ValueError(f"num_frames={num_frames}: want at least 1")
 
     def plan_frame(wish: MergeConfig) -> MergePlan:
-        return plan_merge(wish, height_px=height_px, width_px=width_px, vision=vision, num_active_layers=num_active_layers)
+        return plan_merge(
+            wish, height_px=height_px, width_px=width_px, vision=vision, num_active_layers=num_active_layers
+        )
 
     whole = plan_frame(MergeConfig())
     num_slow = 1 if config.slowfast and num_frames > 1 else 0
@@ -198,12 +208,14 @@ def _plan_budget(config: MergeConfig, budget: int, num_frames: int, num_slow: in
 def _num_patches(height_px: int, width_px: int, patch_size: int) -> int:
     rows, columns = height_px // patch_size, width_px // patch_size
     if rows < 1 or columns < 1:
-        raise ValueError(f"frame of {height_px}x{width_px} px (height x width): want at least one patch of {patch_size} px")
+        raise ValueError(
+            f"frame of {height_px}x{width_px} px (height x width): want at least one patch of {patch_size} px"
+        )
     return rows * columns
 
 
 def _smallest_count(num_patches: int, num_layers: int) -> int:
-    return -(-num_patches // 2**num_layers)
+    return -(-num_patches // (1 << num_layers))
 
 
 def _slope(inflection: float, num_layers: int) -> list[float]:
@@ -222,14 +234,15 @@ def _plan_clamped(num_patches: int, wanted: list[int]) -> MergePlan:
 def _plan_count(num_patches: int, target: int, weights: list[float], name: str) -> MergePlan:
     """Deliver exactly `target` tokens with merges in proportion to `weights`, each layer at most halving its tokens.
 
-    Layers are filled from the last to the first, where the room is largest: a layer that ends with n tokens merged at most n.
-    What a layer cannot take, earlier ones do; if a falling slope leaves the first one short of room, the even spread is used.
+    Layers are filled from the last to the first, where the room is largest: a layer that ends with n tokens merged at
+    most n. What a layer cannot take, earlier ones do; if a falling slope leaves the first one short of room, the even
+    spread is used.
     """
     smallest = _smallest_count(num_patches, len(weights))
     if target < smallest:
         raise ValueError(
-            f"{name}: asks for {target} of {num_patches} visual tokens, but halving them in each of {len(weights)} layers "
-            f"leaves {smallest}; want a count of at least {smallest}"
+            f"{name}: asks for {target} of {num_patches} visual tokens, but halving them in each of {len(weights)} "
+            f"layers leaves {smallest}; want a count of at least {smallest}"
         )
     total = num_patches - target
     for spread in (weights, [1.0] * len(weights)):

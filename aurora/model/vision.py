@@ -1,7 +1,7 @@
 """Vision tower: a CLIP ViT whose every block merges similar tokens between its attention and its MLP.
 
-CLIP (Radford et al., 2021) for the network, Token Merging (Bolya et al., 2023) for the merge, AuroraCap (Chai et al., 2024) for
-putting them together. Features leave after block `num_layers + feature_layer`; what lies behind is not run.
+CLIP (Radford et al., 2021) for the network, Token Merging (Bolya et al., 2023) for the merge, AuroraCap (Chai et al.,
+2024) for putting them together. Features leave after block `num_layers + feature_layer`; what lies behind is not run.
 
 Shape letters: B frames, N tokens including the class token, C width, H heads, D head width, P patch side in pixels.
 """
@@ -59,7 +59,9 @@ class VisionConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"vision.num_heads={self.num_heads}: want a divisor of vision.hidden_size={self.hidden_size}")
+            raise ValueError(
+                f"vision.num_heads={self.num_heads}: want a divisor of vision.hidden_size={self.hidden_size}"
+            )
         if self.image_size < self.patch_size:
             raise ValueError(f"vision.image_size={self.image_size}: want at least vision.patch_size={self.patch_size}")
 
@@ -111,7 +113,8 @@ class VisionAttention(nn.Module):
     def forward(self, x: Tensor, *, key_bias: Tensor | None, backend: Backend) -> tuple[Tensor, Tensor]:
         """Return the attended tokens (B, N, C) and the keys (B, N, H, D)."""
         q, k, v = (
-            rearrange(proj(x), "b n (h d) -> b n h d", h=self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(proj(x), "b n (h d) -> b n h d", h=self.num_heads)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         out = attention(q, k, v, key_bias=key_bias, backend=backend)
         return self.out_proj(rearrange(out, "b n h d -> b n (h d)")), k
@@ -209,7 +212,9 @@ class VisionTower(nn.Module):
         """
         config = self.config
         if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels:
-            raise ValueError(f"pixel_values: got {tuple(pixel_values.shape)}, want (frames, {config.num_channels}, height, width)")
+            raise ValueError(
+                f"pixel_values: got {tuple(pixel_values.shape)}, want (frames, {config.num_channels}, height, width)"
+            )
         num_active = num_active_layers(config, feature_layer)
         x, grid = self.embed(pixel_values)  # (B, N, C)
         num_patches = grid[0] * grid[1]
@@ -250,15 +255,17 @@ def num_active_layers(config: VisionConfig, feature_layer: int) -> int:
         ValueError: if the tower has no such hidden state.
     """
     if not -config.num_layers - 1 <= feature_layer <= -1:
-        raise ValueError(f"feature_layer={feature_layer}: want -1 to {-config.num_layers - 1}, counted from the last of the layers")
+        raise ValueError(
+            f"feature_layer={feature_layer}: want -1 to {-config.num_layers - 1}, counted from the last of the layers"
+        )
     return config.num_layers + 1 + feature_layer
 
 
 def interpolate_positions(table: Tensor, grid_size: int, grid: tuple[int, int]) -> Tensor:
     """Stretch a square position table to another patch grid; the table itself is not touched.
 
-    Bicubic with scale factors (rows + 0.1) / grid_size, as the published code has it: that differs from interpolating to the
-    target size by up to 0.2.
+    Bicubic with scale factors (rows + 0.1) / grid_size, as the published code has it: that differs from interpolating
+    to the target size by up to 0.2.
 
     Args:
         table: Class position first, then row-major patches, (1 + grid_size ** 2, C).
