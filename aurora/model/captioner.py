@@ -66,8 +66,8 @@ class VisualFeatures(NamedTuple):
     """For each clip, for each frame, (N, C); N is the same for all frames of one plan."""
     plans: tuple[MergePlan, ...]
     """Plan of each frame, the same for every clip."""
-    traces: list[tuple[list[int], VisionTrace]]
-    """With trace=True: frame indices and their trace, clip-major; one entry per distinct plan and chunk."""
+    traces: list[tuple[list[tuple[int, int]], VisionTrace]]
+    """With trace=True: (clip, frame) of each row of a trace, and the trace; one entry per tower run."""
 
     @property
     def counts(self) -> list[list[int]]:
@@ -159,13 +159,16 @@ class AuroraModel(nn.Module):
         merge = merge or self.config.merge
         num_clips, num_frames, _, height, width = pixel_values.shape
         plans = self.plan(num_frames, height, width, merge)
+        num_dropped = 0 if self.config.feature_select_strategy == "full" else self.config.vision.num_prefix_tokens
         clips: list[list[Tensor]] = [[] for _ in range(num_clips)]
-        traces: list[tuple[list[int], VisionTrace]] = []
+        traces: list[tuple[list[tuple[int, int]], VisionTrace]] = []
         for plan in dict.fromkeys(plans):  # at most two; the unmerged first frame of slowfast comes first
             indices = [index for index, other in enumerate(plans) if other == plan]
             frames = rearrange(pixel_values[:, indices], "b f c h w -> (b f) c h w")
+            rows = [(clip, index) for clip in range(num_clips) for index in indices]
             features = []
-            for chunk in frames.split(FRAMES_PER_CHUNK):
+            for start in range(0, len(rows), FRAMES_PER_CHUNK):
+                chunk = frames[start : start + FRAMES_PER_CHUNK]
                 out = self.vision_tower(
                     chunk.to(self.vision_tower.patch_embed.weight.dtype),
                     plan=plan,
@@ -173,12 +176,11 @@ class AuroraModel(nn.Module):
                     size_bias=merge.size_bias,
                     trace=trace,
                 )
-                hidden = out.hidden if self.config.feature_select_strategy == "full" else out.hidden[:, 1:]
-                features.append(self.projector(hidden))  # (frames, N, C)
+                features.append(self.projector(out.hidden[:, num_dropped:]))  # (frames, N, C)
                 if out.trace is not None:
-                    traces.append((indices, out.trace))
-            for clip, merged in zip(clips, torch.cat(features).split(len(indices)), strict=True):
-                clip.extend(merged.unbind())
+                    traces.append((rows[start : start + FRAMES_PER_CHUNK], out.trace))
+            for (clip, _), merged in zip(rows, torch.cat(features), strict=True):
+                clips[clip].append(merged)
         return VisualFeatures(clips, plans, traces)
 
     def splice(
@@ -218,8 +220,8 @@ class AuroraModel(nn.Module):
                 raise ValueError(f"{name}: got shape {tuple(other.shape)}, want {tuple(input_ids.shape)} as input_ids")
         if visual is not None and not bool((input_ids == self.config.image_token_index).any()):
             raise ValueError(
-                "input_ids: no placeholder in any row, but pixel_values holds clips; want one placeholder per frame, or "
-                "one for the whole clip"
+                "input_ids: no placeholder in any row, but pixel_values holds clips; want one placeholder per frame, "
+                "or one for the whole clip"
             )
         rows = []
         for row, ids in enumerate(input_ids):

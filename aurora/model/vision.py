@@ -27,11 +27,15 @@ class Activation(Enum):
     """x * sigmoid(1.702 x): CLIP of OpenAI and DFN, and AuroraCap's tower."""
     gelu = "gelu"
     """The exact one, with erf."""
+    gelu_tanh = "gelu_pytorch_tanh"
+    """Its tanh approximation: SigLIP."""
 
 
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """Apply an activation elementwise."""
-    return x * torch.sigmoid(1.702 * x) if activation is Activation.quick_gelu else F.gelu(x)
+    if activation is Activation.quick_gelu:
+        return x * torch.sigmoid(1.702 * x)
+    return F.gelu(x, approximate="tanh" if activation is Activation.gelu_tanh else "none")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -56,6 +60,12 @@ class VisionConfig:
     """Activation of the MLP."""
     norm_eps: float = 1e-5
     """Epsilon of every LayerNorm."""
+    class_token: bool = True
+    """A class token in front of the patches, which never merges (CLIP); SigLIP has none."""
+    pre_norm: bool = True
+    """A LayerNorm before the first block (CLIP)."""
+    patch_bias: bool = False
+    """A bias in the patch embedding (SigLIP)."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
@@ -75,16 +85,23 @@ class VisionConfig:
         """Patches along one side of a square frame."""
         return self.image_size // self.patch_size
 
+    @property
+    def num_prefix_tokens(self) -> int:
+        """Tokens before the patches: one with a class token."""
+        return int(self.class_token)
+
 
 class VisionTrace(NamedTuple):
     """What merging did, layer by layer; pictures are drawn from this."""
 
     grid: tuple[int, int]
     """Rows and columns of patches."""
+    num_prefix_tokens: int
+    """Tokens before the patches, which never merge: 1 with a class token, else 0."""
     sizes: list[Tensor]
     """Patches per token after each layer, (B, N_layer, 1) float32; the class token counts as one."""
     sources: list[Tensor]
-    """Token that holds each input token after each layer, (B, 1 + patches) int64; index 0 is the class token."""
+    """Token that holds each input token after each layer, (B, prefix + patches) int64."""
     similarities: list[Tensor]
     """Cosine similarity of the pairs merged in each layer, (B, r) float32."""
 
@@ -93,7 +110,7 @@ class VisionOutput(NamedTuple):
     """Tokens of a tower run."""
 
     hidden: Tensor
-    """(B, N, C), class token first."""
+    """(B, N, C), the class token first if there is one."""
     size: Tensor
     """Patches per token, (B, N, 1) float32."""
     trace: VisionTrace | None
@@ -139,6 +156,7 @@ class VisionBlock(nn.Module):
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
+        self.class_token = config.class_token
         self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
         self.attn = VisionAttention(config)
         self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
@@ -164,7 +182,7 @@ class VisionBlock(nn.Module):
         x = x + attended
         match = None
         if r > 0:
-            match = match_tokens(keys.detach().float().mean(dim=2), r, class_token=True)
+            match = match_tokens(keys.detach().float().mean(dim=2), r, class_token=self.class_token)
             x, size = merge_tokens(x, size, match)  # (B, N - r, C)
         return x + self.mlp(self.norm2(x)), size, match
 
@@ -177,12 +195,13 @@ class VisionTower(nn.Module):
         self.config = config
         self.backend: Backend = backend
         self.activation_checkpointing = False
+        width, patch = config.hidden_size, config.patch_size
         self.patch_embed = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size, bias=False
+            config.num_channels, width, kernel_size=patch, stride=patch, bias=config.patch_bias
         )
-        self.cls_token = nn.Parameter(torch.zeros(config.hidden_size))
-        self.pos_embed = nn.Parameter(torch.zeros(1 + config.grid_size**2, config.hidden_size))
-        self.norm_pre = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
+        self.cls_token = nn.Parameter(torch.zeros(width)) if config.class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(config.num_prefix_tokens + config.grid_size**2, width))
+        self.norm_pre = nn.LayerNorm(width, eps=config.norm_eps) if config.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(VisionBlock(config) for _ in range(config.num_layers))
         self.norm_post = nn.LayerNorm(config.hidden_size, eps=config.norm_eps)
 
@@ -205,7 +224,7 @@ class VisionTower(nn.Module):
             trace: Also record sizes, sources and similarities of every layer.
 
         Returns:
-            Tokens with the class token first, before the final norm.
+            Tokens with the class token first if there is one, before the final norm.
 
         Raises:
             ValueError: if the shape, the layer or the plan does not fit.
@@ -224,7 +243,7 @@ class VisionTower(nn.Module):
                 f"plan: got {len(plan.r)} layers over {plan.num_patches} patches, want {num_active} over {num_patches}"
             )
         size = torch.ones(*x.shape[:2], 1, dtype=torch.float32, device=x.device)
-        record = VisionTrace(grid, [], [], []) if trace else None
+        record = VisionTrace(grid, config.num_prefix_tokens, [], [], []) if trace else None
         source = torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
         for block, r in zip(self.blocks[:num_active], plan.r, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
@@ -239,13 +258,14 @@ class VisionTower(nn.Module):
         return VisionOutput(x, size, record)
 
     def embed(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """Embed patches, add positions and normalise: (B, 1 + patches, C) and the patch grid (rows, columns)."""
+        """Embed patches, add positions and normalise: (B, prefix + patches, C) and the patch grid (rows, columns)."""
         patches = self.patch_embed(pixel_values)  # (B, C, rows, columns)
         grid = (patches.shape[2], patches.shape[3])
         tokens = rearrange(patches, "b c rows columns -> b (rows columns) c")
-        cls_token = self.cls_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1)
+        if self.cls_token is not None:
+            tokens = torch.cat([self.cls_token.to(tokens.dtype).expand(tokens.shape[0], 1, -1), tokens], dim=1)
         positions = interpolate_positions(self.pos_embed, self.config.grid_size, grid)
-        return self.norm_pre(torch.cat([cls_token, tokens], dim=1) + positions.to(tokens.dtype)), grid
+        return self.norm_pre(tokens + positions.to(tokens.dtype)), grid
 
 
 def num_active_layers(config: VisionConfig, feature_layer: int) -> int:
@@ -268,17 +288,18 @@ def interpolate_positions(table: Tensor, grid_size: int, grid: tuple[int, int]) 
     to the target size by up to 0.2.
 
     Args:
-        table: Class position first, then row-major patches, (1 + grid_size ** 2, C).
+        table: Class position first if there is one, then row-major patches, (prefix + grid_size ** 2, C).
         grid_size: Side of the table's grid.
         grid: Wanted rows and columns.
 
     Returns:
-        (1 + rows * columns, C) in the dtype of the table.
+        (prefix + rows * columns, C) in the dtype of the table.
     """
     rows, columns = grid
     if (rows, columns) == (grid_size, grid_size):
         return table
-    patches = rearrange(table[1:], "(rows columns) c -> 1 c rows columns", rows=grid_size).float()
+    prefix = table.shape[0] - grid_size**2
+    patches = rearrange(table[prefix:], "(rows columns) c -> 1 c rows columns", rows=grid_size).float()
     scale = ((rows + 0.1) / grid_size, (columns + 0.1) / grid_size)
     patches = F.interpolate(patches, scale_factor=scale, mode="bicubic", align_corners=False)
-    return torch.cat([table[:1], rearrange(patches, "1 c rows columns -> (rows columns) c").to(table.dtype)])
+    return torch.cat([table[:prefix], rearrange(patches, "1 c rows columns -> (rows columns) c").to(table.dtype)])
