@@ -218,11 +218,6 @@ class AuroraModel(nn.Module):
         for name, other in (("attention_mask", attention_mask), ("labels", labels)):
             if other is not None and other.shape != input_ids.shape:
                 raise ValueError(f"{name}: got shape {tuple(other.shape)}, want {tuple(input_ids.shape)} as input_ids")
-        if visual is not None and not bool((input_ids == self.config.image_token_index).any()):
-            raise ValueError(
-                "input_ids: no placeholder in any row, but pixel_values holds clips; want one placeholder per frame, "
-                "or one for the whole clip"
-            )
         rows = []
         for row, ids in enumerate(input_ids):
             keep = slice(None) if attention_mask is None else attention_mask[row].bool()
