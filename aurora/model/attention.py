@@ -7,14 +7,11 @@ half-precision mask would round log(size): that runs `eager`.
 Shape letters: B rows, T queries, S keys, H query heads, K key heads, D head width.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Backend = Literal["auto", "eager", "sdpa"]
-BACKENDS: tuple[Backend, ...] = ("auto", "eager", "sdpa")
+BACKENDS = ("auto", "eager", "sdpa")
 
 
 def attention(
@@ -25,7 +22,7 @@ def attention(
     causal: bool = False,
     mask: Tensor | None = None,
     key_bias: Tensor | None = None,
-    backend: Backend = "auto",
+    backend: str = "auto",
 ) -> Tensor:
     """Softmax attention over `D ** -0.5 * q @ k.T`.
 

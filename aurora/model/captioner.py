@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from aurora.model.attention import BACKENDS, Backend
+from aurora.model.attention import BACKENDS
 from aurora.model.llama import Llama, LlamaConfig
 from aurora.model.merge import MergeConfig, MergePlan, plan_clip
 from aurora.model.projector import Projector, ProjectorConfig
@@ -48,7 +48,7 @@ class AuroraConfig:
     """Ends every answer."""
     pad_token_id: int = 0
     """Fills batches."""
-    attn_implementation: Backend = "auto"
+    attn_implementation: str = "auto"
     """Attention backend: auto, eager or sdpa."""
 
     def __post_init__(self) -> None:

@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aurora.model.attention import Backend, attention, causal_mask
+from aurora.model.attention import attention, causal_mask
 
 if TYPE_CHECKING:
     from aurora.model.cache import KVCache
@@ -146,7 +146,7 @@ class LlamaAttention(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        backend: Backend,
+        backend: str,
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
@@ -191,7 +191,7 @@ class LlamaLayer(nn.Module):
         x: Tensor,
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | None,
-        backend: Backend,
+        backend: str,
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
@@ -203,10 +203,10 @@ class LlamaLayer(nn.Module):
 class Llama(nn.Module):
     """Token embeddings, decoder layers, final norm and output head."""
 
-    def __init__(self, config: LlamaConfig, *, backend: Backend = "auto") -> None:
+    def __init__(self, config: LlamaConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
-        self.backend: Backend = backend
+        self.backend: str = backend
         self.activation_checkpointing = False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))

@@ -16,7 +16,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from aurora.model.attention import Backend, attention
+from aurora.model.attention import attention
 from aurora.model.merge import Matching, MergePlan, SizeBias, match_tokens, merge_source, merge_tokens
 
 
@@ -127,7 +127,7 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, *, key_bias: Tensor | None, backend: Backend) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, *, key_bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
         """Return the attended tokens (B, N, C) and the keys (B, N, H, D)."""
         q, k, v = (
             rearrange(proj(x), "b n (h d) -> b n h d", h=self.num_heads)
@@ -163,7 +163,7 @@ class VisionBlock(nn.Module):
         self.mlp = VisionMLP(config)
 
     def forward(
-        self, x: Tensor, size: Tensor, r: int, size_bias: SizeBias, backend: Backend
+        self, x: Tensor, size: Tensor, r: int, size_bias: SizeBias, backend: str
     ) -> tuple[Tensor, Tensor, Matching | None]:
         """Run the block.
 
@@ -190,10 +190,10 @@ class VisionBlock(nn.Module):
 class VisionTower(nn.Module):
     """Patch embedding, position table, and blocks that merge."""
 
-    def __init__(self, config: VisionConfig, *, backend: Backend = "auto") -> None:
+    def __init__(self, config: VisionConfig, *, backend: str = "auto") -> None:
         super().__init__()
         self.config = config
-        self.backend: Backend = backend
+        self.backend: str = backend
         self.activation_checkpointing = False
         width, patch = config.hidden_size, config.patch_size
         self.patch_embed = nn.Conv2d(
