@@ -1,0 +1,1 @@
+"""Datasets and collation: what training and evaluation read."""

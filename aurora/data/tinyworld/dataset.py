@@ -1,0 +1,280 @@
+"""TinyWorld on disk: a dataset of mp4 clips with conversations, and banks of decoded frames for training.
+
+A dataset folder holds `clips/<split>_<seed>.mp4`, `conversations.jsonl` (LLaVA-style, as training reads it) and
+`scenes.jsonl` (the facts behind each clip, as the mini VDC reads them). A bank is one `.npy` array that training maps
+into memory.
+"""
+
+import io
+import json
+import multiprocessing
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+
+import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.typing import NDArray
+from PIL import Image
+
+from .language import caption_prompts, captions, qa_pairs
+from .render import Frames, encode_h264, render_clip, write_mp4
+from .scene import SPLITS, Scene, sample_scene
+
+CHUNK_CLIPS = 64
+"""Clips a process renders between two notes of progress."""
+
+
+class Codec(Enum):
+    """What a bank's frames went through before they are stored."""
+
+    none = "none"
+    jpeg = "jpeg"
+    h264 = "h264"
+
+
+@dataclass(kw_only=True, slots=True)
+class DatasetConfig:
+    """What `write_dataset` writes."""
+
+    folder: str = "tinyworld"
+    """Target folder; made if absent."""
+    split: str = "train"
+    """train, val, test or heldout."""
+    num_clips: int = 100
+    """Clips to write."""
+    first_seed: int = 0
+    """Clips have seeds first_seed, first_seed + 1, ..."""
+    num_frames: int = 8
+    """Frames per clip."""
+    image_size: int = 96
+    """Side of a frame in pixels, even."""
+    fps: int = 4
+    """Frames per second of the mp4."""
+    crf: int = 20
+    """x264 quality, 0 (lossless) to 51."""
+    workers: int = 1
+    """Processes."""
+
+    def __post_init__(self) -> None:
+        if self.split not in SPLITS:
+            raise ValueError(f"split={self.split!r}: want one of {', '.join(SPLITS)}")
+        for key, low in (("num_clips", 1), ("first_seed", 0), ("num_frames", 1), ("image_size", 16), ("workers", 1)):
+            if getattr(self, key) < low:
+                raise ValueError(f"{key}={getattr(self, key)}: want at least {low}")
+        if self.image_size % 2:
+            raise ValueError(f"image_size={self.image_size}: want an even number for H.264")
+
+
+def conversations(scene: Scene, video: str) -> list[dict[str, object]]:
+    """LLaVA-style records of one clip: five captions with a prompt each, and one record with all questions.
+
+    Args:
+        scene: The clip's scene.
+        video: Path of the clip, relative to the dataset's folder.
+    """
+    rng = np.random.default_rng([31, scene.seed])
+    name = Path(video).stem
+    records: list[dict[str, object]] = []
+    for category, caption in captions(scene, scene.seed).items():
+        prompts = caption_prompts(category)
+        turns = [(prompts[rng.integers(len(prompts))], caption)]
+        records.append(_record(f"{name}_{category.value}", video, turns))
+    turns = [(pair.question, pair.answer) for pair in qa_pairs(scene, scene.seed)]
+    records.append(_record(f"{name}_questions", video, turns))
+    return records
+
+
+def _record(name: str, video: str, turns: Sequence[tuple[str, str]]) -> dict[str, object]:
+    messages = []
+    for index, (question, answer) in enumerate(turns):
+        messages.append({"from": "human", "value": question if index else f"<image>\n{question}"})
+        messages.append({"from": "gpt", "value": answer})
+    return {"id": name, "video": video, "conversations": messages}
+
+
+def write_dataset(config: DatasetConfig, *, progress: bool = True) -> Path:
+    """Write clips, conversations and scenes; clips that are already there are kept, so a killed run can start again.
+
+    Args:
+        config: What to write.
+        progress: Show a progress bar.
+
+    Returns:
+        Path of `conversations.jsonl`.
+
+    Raises:
+        ValueError: if the folder holds clips of other settings.
+    """
+    folder = Path(config.folder)
+    (folder / "clips").mkdir(parents=True, exist_ok=True)
+    settings = {key: getattr(config, key) for key in ("num_frames", "image_size", "fps", "crf")}
+    _check_settings(folder / "settings.json", settings)
+    seeds = list(range(config.first_seed, config.first_seed + config.num_clips))
+    chunks = [(config, seeds[start : start + CHUNK_CLIPS]) for start in range(0, len(seeds), CHUNK_CLIPS)]
+    for _ in _progress(_spread(_write_clips, chunks, config.workers), len(chunks), "writing clips", progress):
+        pass
+    scenes = [sample_scene(seed, config.split) for seed in seeds]
+    names = [_clip_name(scene) for scene in scenes]
+    records = (record for scene, name in zip(scenes, names, strict=True) for record in conversations(scene, name))
+    facts = ({"video": name, **scene.to_dict()} for scene, name in zip(scenes, names, strict=True))
+    _write_lines(folder / "scenes.jsonl", facts)
+    _write_lines(folder / "conversations.jsonl", records)
+    return folder / "conversations.jsonl"
+
+
+def _clip_name(scene: Scene) -> str:
+    return f"clips/{scene.split}_{scene.seed:07d}.mp4"
+
+
+def _write_clips(config: DatasetConfig, seeds: list[int]) -> int:
+    for seed in seeds:
+        scene = sample_scene(seed, config.split)
+        target = Path(config.folder) / _clip_name(scene)
+        if not target.exists():
+            frames = render_clip(scene, num_frames=config.num_frames, image_size=config.image_size)
+            write_mp4(frames, target, fps=config.fps, crf=config.crf)
+    return len(seeds)
+
+
+def _write_text(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
+
+
+def _write_lines(path: Path, rows: Iterable[dict[str, object]]) -> None:
+    _write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _check_settings(path: Path, settings: dict[str, object]) -> None:
+    """Note what a target was made with, or compare with the note of an earlier run."""
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != settings:
+            raise ValueError(f"{path}: made with {found}, now asked for {settings}; want another path")
+    else:
+        _write_text(path, json.dumps(settings))
+
+
+def _spread(function: Callable[..., int], jobs: Sequence[tuple[object, ...]], workers: int) -> Iterator[int]:
+    """Results of function(*job), in order of completion, from this process or from `workers` fresh ones."""
+    if workers <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            yield function(*job)
+        return
+    # Fresh processes: a forked one may inherit a lock that one of PyTorch's threads holds.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max_workers=workers, mp_context=context) as pool:
+        for future in as_completed([pool.submit(function, *job) for job in jobs]):
+            yield future.result()
+
+
+def _progress(results: Iterator[int], total: int, title: str, show: bool) -> Iterator[int]:
+    if not show:
+        yield from results
+        return
+    from rich.progress import track
+
+    yield from track(results, description=title, total=total)
+
+
+def through_codec(frames: Frames, codec: Codec, seed: int) -> Frames:
+    """Frames (F, H, W, 3) as they look after lossy compression; strength varies with seed.
+
+    `jpeg` is a cheap stand-in (3 ms a clip at 96 px) for `h264` (20 ms), which is what a clip read from mp4 shows.
+    """
+    rng = np.random.default_rng([41, seed])
+    match codec:
+        case Codec.none:
+            return frames
+        case Codec.jpeg:
+            quality = int(rng.integers(60, 96))
+            return np.stack([_jpeg(frame, quality) for frame in frames])
+        case Codec.h264:
+            return _h264(frames, crf=int(rng.integers(16, 25)))
+
+
+def _jpeg(frame: Frames, quality: int) -> Frames:
+    buffer = io.BytesIO()
+    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
+    buffer.seek(0)
+    return np.asarray(Image.open(buffer))
+
+
+def _h264(frames: Frames, crf: int) -> Frames:
+    import av
+
+    buffer = io.BytesIO()
+    encode_h264(frames, buffer, crf=crf)
+    buffer.seek(0)
+    with av.open(buffer, "r") as written:
+        return np.stack([np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in written.decode(video=0)])
+
+
+def build_bank(
+    path: str | Path,
+    seeds: Sequence[int],
+    split: str = "train",
+    *,
+    num_frames: int = 8,
+    image_size: int = 96,
+    codec: Codec | str = Codec.h264,
+    workers: int = 2,
+    progress: bool = True,
+) -> NDArray[np.uint8]:
+    """Render clips into one .npy file, or open it if it is complete; a killed run goes on where it stopped.
+
+    Frame i of the result is the clip of `sample_scene(seeds[i], split)`. 8 frames of 96 px are 221 kB a clip.
+
+    Args:
+        path: Target .npy file; its folder is made if absent. Beside it stands `<path>.json` with the settings.
+        seeds: Clip seeds.
+        split: See `sample_scene`.
+        num_frames: Frames per clip.
+        image_size: Side of a frame in pixels.
+        codec: Compression the frames go through; a model that will read mp4 should train on `h264` or `jpeg`.
+        workers: Processes.
+        progress: Show a progress bar.
+
+    Returns:
+        Read-only memory map, uint8 (len(seeds), num_frames, image_size, image_size, 3).
+
+    Raises:
+        ValueError: if the file was made with other settings, or seeds are empty.
+    """
+    target, codec = Path(path), Codec(codec)
+    if not len(seeds):
+        raise ValueError("seeds=[]: want at least one")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    spec: dict[str, object] = {"split": split, "num_frames": num_frames, "image_size": image_size, "codec": codec.value}
+    spec["seeds"] = [seeds[0], seeds[-1], len(seeds), zlib.crc32(np.asarray(seeds, np.int64).tobytes())]
+    _check_settings(target.with_name(target.name + ".json"), spec)
+    if not target.exists():
+        shape = (len(seeds), num_frames, image_size, image_size, 3)
+        part, notes = target.with_name(target.name + ".part"), target.with_name(target.name + ".done")
+        done = {int(line) for line in notes.read_text().split()} if part.exists() and notes.exists() else set()
+        if not done:
+            open_memmap(part, mode="w+", dtype=np.uint8, shape=shape).flush()
+            notes.write_text("")
+        starts = [start for start in range(0, len(seeds), CHUNK_CLIPS) if start not in done]
+        jobs = [(part, start, list(seeds[start : start + CHUNK_CLIPS]), split, codec) for start in starts]
+        for start in _progress(_spread(_fill_bank, jobs, workers), len(jobs), "rendering", progress):
+            with notes.open("a") as stream:
+                stream.write(f"{start}\n")
+        part.replace(target)
+        notes.unlink()
+    bank: NDArray[np.uint8] = np.load(target, mmap_mode="r")
+    return bank
+
+
+def _fill_bank(part: Path, start: int, seeds: list[int], split: str, codec: Codec) -> int:
+    bank = np.load(part, mmap_mode="r+")
+    for offset, seed in enumerate(seeds):
+        clip = render_clip(sample_scene(seed, split), num_frames=bank.shape[1], image_size=bank.shape[2])
+        bank[start + offset] = through_codec(clip, codec, seed)
+    bank.flush()
+    return start
