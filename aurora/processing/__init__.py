@@ -1,0 +1,1 @@
+"""From files to tensors and from ids to text: images, videos, tokenizers, prompts."""
