@@ -1,0 +1,8 @@
+"""Draw which patches merged: `python scripts/visualize.py visual_input=clip.mp4 output=merged.png`."""
+
+import sys
+
+from aurora.cli import main
+
+if __name__ == "__main__":
+    main(["visualize", *sys.argv[1:]])
