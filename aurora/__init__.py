@@ -1,0 +1,50 @@
+"""Aurora: video and image captioning with token merging inside the vision transformer.
+
+The public names are loaded when they are first used, so that `import aurora` needs neither Triton, Hydra, PyAV,
+a GPU nor the network.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from aurora.model.captioner import AuroraConfig
+    from aurora.modeling import AuroraForConditionalGeneration
+    from aurora.processing.image import AuroraImageProcessor
+    from aurora.processing.processor import AuroraProcessor
+    from aurora.processing.video import AuroraVideoProcessor
+
+# Public name -> the module that defines it.
+_PUBLIC = {
+    "AuroraConfig": "aurora.model.captioner",
+    "AuroraForConditionalGeneration": "aurora.modeling",
+    "AuroraImageProcessor": "aurora.processing.image",
+    "AuroraProcessor": "aurora.processing.processor",
+    "AuroraVideoProcessor": "aurora.processing.video",
+}
+
+__all__ = [
+    "AuroraConfig",
+    "AuroraForConditionalGeneration",
+    "AuroraImageProcessor",
+    "AuroraProcessor",
+    "AuroraVideoProcessor",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Load a public name from its module on first use."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'aurora' has no attribute {name!r}; public names: {', '.join(__all__)}")
+    value: object = getattr(importlib.import_module(_PUBLIC[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names next to what is already loaded."""
+    return sorted({*globals(), *__all__})

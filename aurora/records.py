@@ -1,0 +1,79 @@
+"""Results as JSON lines: one object per line, on disk as soon as it exists, so that a killed run loses nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+
+class JsonLines:
+    """An append-only `.jsonl` file that a later run continues.
+
+    Opening it reads what is there. A last line that was cut in half is removed; any other line that is not a JSON
+    object means that this is somebody else's file, and it is left alone.
+    """
+
+    def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Open or create the file, with the folders above it.
+
+        Args:
+            path: The file.
+            overwrite: Begin anew instead of continuing.
+
+        Raises:
+            ValueError: if the path is a folder, or the file holds something other than JSON lines.
+        """
+        self.path = Path(path).expanduser()
+        if self.path.is_dir():
+            raise ValueError(f"output={self.path}: this is a folder, want a .jsonl file")
+        self.rows: list[dict[str, Any]] = []
+        complete = 0
+        if self.path.exists():
+            complete = self._read()
+        if overwrite:
+            self.rows, complete = [], 0
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self.path.open("ab")
+        self._file.truncate(complete)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row and have the operating system store it."""
+        self.rows.append(dict(row))
+        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __enter__(self) -> JsonLines:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def _read(self) -> int:
+        """Read the rows there are; return the number of bytes that are complete lines."""
+        content = self.path.read_bytes()
+        *lines, tail = content.split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            row = _as_object(line)
+            if row is None:
+                raise ValueError(
+                    f"output={self.path}, line {number}: got {line[:40]!r}, want a JSON object on each line"
+                )
+            self.rows.append(row)
+        if tail and not tail.startswith(b"{"):
+            raise ValueError(f"output={self.path}: got {tail[:40]!r} as last line, want JSON lines or a new file")
+        return len(content) - len(tail)
+
+
+def _as_object(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None

@@ -1,0 +1,289 @@
+"""The verb `caption` from file to JSON lines, with a tiny random model saved to a folder."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import sentencepiece
+import torch
+from PIL import Image
+
+import aurora
+from aurora import cli
+from aurora.captioning import CaptionConfig, caption, find_inputs
+from aurora.model.llama import LlamaConfig
+from aurora.model.vision import VisionConfig
+from aurora.processing.image import ImageConfig
+from aurora.processing.text import Tokenizer
+from aurora.records import JsonLines
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random captioner of 36 patches a frame, in the Aurora layout."""
+    folder = tmp_path_factory.mktemp("tiny")
+    lines = tmp_path_factory.mktemp("corpus") / "lines.txt"
+    lines.write_text("USER: Describe the video in detail. ASSISTANT: a red ball moves.\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(lines), model_prefix=str(folder / "tokenizer"), vocab_size=300, model_type="bpe", byte_fallback=True,
+        hard_vocab_limit=False, pad_id=-1, bos_id=1, eos_id=2, unk_id=0, minloglevel=2,
+    )  # fmt: skip
+    (folder / "tokenizer.vocab").unlink()
+    tokenizer = Tokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    vision = VisionConfig(hidden_size=32, intermediate_size=64, num_layers=4, num_heads=2, patch_size=8, image_size=48)
+    text = LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, num_kv_heads=1, max_seq_len=512
+    )
+    model = aurora.AuroraForConditionalGeneration(aurora.AuroraConfig(vision=vision, text=text))
+    model.save_pretrained(folder)
+    aurora.AuroraProcessor(aurora.AuroraImageProcessor(ImageConfig(image_size=48)), tokenizer).save_pretrained(folder)
+    return folder
+
+
+def write_clip(path: Path, num_frames: int = 12) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=4)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for index in range(num_frames):
+            picture = np.full((48, 64, 3), 20 * index, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
+        container.mux(stream.encode())
+    return path
+
+
+@pytest.fixture(scope="session")
+def media(tmp_path_factory) -> Path:
+    """Two clips, an image, and two files that are none of these."""
+    folder = tmp_path_factory.mktemp("my clips (1)")
+    write_clip(folder / "a, b=1.mp4")
+    write_clip(folder / "short.mp4", num_frames=3)
+    Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(folder / "c [1].png")
+    (folder / "text.mp4").write_text("not a video")
+    (folder / "notes.txt").write_text("not media")
+    return folder
+
+
+def command(tiny_model: Path, *settings: str) -> list[str]:
+    return ["caption", f"model_path={tiny_model}", "max_new_tokens=5", *settings]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def refused(capsys, arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as left:
+        cli.main(arguments)
+    printed = capsys.readouterr()
+    assert left.value.code == 2
+    assert printed.err.count("\n") == 1
+    assert printed.err.startswith("error: ")
+    return printed.err
+
+
+def test_a_clip_gives_text_and_a_row(tiny_model, media, tmp_path, capsys):
+    output = tmp_path / "new folder" / "out.jsonl"
+    prompt = '描述 "this", [now]: a=b, {c} (d) '
+    cli.main(command(tiny_model, f"visual_input={media / 'a, b=1.mp4'}", f"output={output}", f"prompt={prompt}"))
+    printed = capsys.readouterr()
+    (row,) = rows_of(output)
+    assert printed.out == row["caption"] + "\n"
+    assert "8 of 12 frames" in printed.err
+    assert row["file"] == str(media / "a, b=1.mp4")
+    assert row["prompt"] == prompt
+    assert row["frames"] == [0, 1, 3, 4, 6, 7, 9, 11]
+    assert row["total_frames"] == 12
+    assert (row["token_kept_ratio"], row["schedule"]) == (0.2, "constant")
+    assert row["patches"] == 8 * 36
+    assert row["visual_tokens"] == sum(row["visual_tokens_per_frame"]) < 8 * 36
+    assert len(row["visual_tokens_per_frame"]) == 8
+    assert set(row["seconds"]) == {"load_video", "preprocess", "encode", "prefill", "decode"}
+    assert 1 <= row["new_tokens"] <= 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens"),
+    [
+        (["token_kept_ratio=1.0"], 8 * 36),
+        (["token_kept_ratio=0.5", "merge=exact"], 8 * 18),
+        (["token_kept_ratio=0.25", "merge=exact", "merge.slowfast=true"], 36 + 7 * 9),
+        (["merge.visual_token_budget=100"], 96),
+        (["merge.token_kept_ratio=0.25", "merge.schedule=exact", "num_frm=2"], 2 * 9),
+    ],
+)
+def test_delivered_tokens_follow_the_settings(tiny_model, media, tmp_path, settings, tokens):
+    output = tmp_path / "out.jsonl"
+    cli.main(command(tiny_model, f"visual_input={media / 'a, b=1.mp4'}", f"output={output}", *settings))
+    assert rows_of(output)[0]["visual_tokens"] == tokens
+
+
+def test_an_image_is_one_frame(tiny_model, media, tmp_path):
+    output = tmp_path / "out.jsonl"
+    cli.main(command(tiny_model, f"visual_input={media / 'c [1].png'}", f"output={output}", "image_aspect_ratio=pad"))
+    (row,) = rows_of(output)
+    assert (row["frames"], row["total_frames"], row["patches"]) == ([0], 1, 36)
+
+
+def test_a_folder_reports_the_bad_files_and_goes_on(tiny_model, media, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    cli.main(command(tiny_model, f"visual_input={media}", f"output={output}"))
+    rows = rows_of(output)
+    assert [Path(row["file"]).name for row in rows] == ["a, b=1.mp4", "c [1].png", "short.mp4", "text.mp4"]
+    assert ["error" in row for row in rows] == [False, False, True, True]
+    assert "3" in rows[2]["error"]
+    assert "text.mp4" in rows[3]["error"]
+    errors = capsys.readouterr().err.splitlines()
+    assert errors[-1] == "2 of 4 failed"
+    assert sum("error: " in line for line in errors) == 2
+
+
+def test_when_all_fail_the_run_fails(tiny_model, tmp_path, capsys):
+    for name in ("a.mp4", "b.mp4"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(SystemExit) as left:
+        cli.main(command(tiny_model, f"visual_input={tmp_path}"))
+    assert left.value.code == 2
+    assert "error: all 2 inputs failed" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (["visual_input={media}/gone.mp4"], "no such file or folder"),
+        (["visual_input={media}/*.webm"], "no file matches this pattern"),
+        (["visual_input="], "visual_input"),
+        (["visual_input={media}/text.mp4"], "text.mp4"),
+        (["visual_input={media}/short.mp4"], "short.mp4"),
+        (["visual_input={media}/short.mp4", "token_kept_ratio=0"], "token_kept_ratio=0"),
+        (["visual_input={media}/short.mp4", "token_kept_ratio=1.5"], "token_kept_ratio=1.5"),
+        (["visual_input={media}/short.mp4", "merge.inflection=2"], "merge.inflection=2"),
+        (["visual_input={media}/short.mp4", "num_frm=0"], "num_frm=0"),
+        (["visual_input={media}/short.mp4", "num_frm=two"], "num_frm=two: want a whole number"),
+        (["visual_input={media}/short.mp4", "top_p=0"], "top_p=0"),
+        (["visual_input={media}/short.mp4", "device=tpu"], "device=tpu"),
+        (["visual_input={media}/short.mp4", "dtype=int8"], "dtype=int8: want one of auto, float32, float16, bfloat16"),
+        (["visual_input={media}/short.mp4", "slowfast=true"], "did you mean merge.slowfast?"),
+        (["visual_input={media}/short.mp4", "+num_frames=4"], "unknown key num_frames; did you mean num_frm?"),
+        (["visual_input={media}/short.mp4", "merge=exactly"], "merge/exactly"),
+        (["visual_input={media}/short.mp4", "model_path=nowhere/at/all"], "nowhere/at/all"),
+        (["visual_input={media}/short.mp4", "num_frm=3", "prompt=an extra <image>"], "4 placeholders"),
+        (["visual_input={media}/short.mp4", "output={media}/short.mp4"], "is one of the inputs"),
+        (["visual_input={media}/short.mp4", "output={media}/notes.txt"], "want JSON lines"),
+        (["visual_input={media}/short.mp4", "output={media}"], "this is a folder"),
+        ([], "visual_input: no value given"),
+    ],
+)
+def test_a_mistake_gets_one_line(tiny_model, media, capsys, settings, wanted):
+    before = {file: file.read_bytes() for file in media.iterdir()}
+    line = refused(capsys, command(tiny_model, *(setting.format(media=media) for setting in settings)))
+    assert wanted in line
+    assert {file: file.read_bytes() for file in media.iterdir()} == before
+
+
+def test_a_rerun_continues_and_mends_a_half_line(tiny_model, media, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    settings = [f"visual_input={media}/*.[mp][pn][4g]", f"output={output}", "num_frm=3"]
+    cli.main(command(tiny_model, *settings))
+    complete = rows_of(output)
+    assert ["error" in row for row in complete] == [False, False, False, True]
+    lines = output.read_bytes().splitlines(keepends=True)
+    output.write_bytes(lines[0] + lines[1][:40])
+    capsys.readouterr()
+    cli.main(command(tiny_model, *settings))
+    assert "1 of 4 are in" in capsys.readouterr().err
+    again = rows_of(output)
+    assert [row.get("caption") for row in again] == [row.get("caption") for row in complete]
+    cli.main(command(tiny_model, *settings, "token_kept_ratio=0.5"))
+    assert len(rows_of(output)) == 8
+    cli.main(command(tiny_model, *settings, "overwrite=true"))
+    assert len(rows_of(output)) == 4
+
+
+def test_a_finished_run_loads_no_model(media, tiny_model, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    config = {"visual_input": str(media / "c [1].png"), "output": str(output), "max_new_tokens": 2}
+    assert len(caption(CaptionConfig(model_path=str(tiny_model), **config))) == 1
+    capsys.readouterr()
+    assert caption(CaptionConfig(model_path=str(tiny_model), **config)) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_sampling_does_not_depend_on_what_came_before(tiny_model, media, tmp_path):
+    alone = CaptionConfig(
+        visual_input=str(media / "c [1].png"), model_path=str(tiny_model), temperature=1.0, seed=3, max_new_tokens=8
+    )
+    (row,) = caption(alone)
+    among = CaptionConfig(
+        visual_input=str(media), model_path=str(tiny_model), temperature=1.0, seed=3, max_new_tokens=8
+    )
+    assert row["caption"] in [other.get("caption") for other in caption(among)]
+
+
+def test_an_existing_path_is_never_a_glob(tmp_path):
+    odd = tmp_path / "clip[1].mp4"
+    odd.touch()
+    (tmp_path / "clip1.mp4").touch()
+    assert find_inputs(str(odd)) == [odd]
+    assert find_inputs(str(tmp_path / "clip?.mp4")) == [tmp_path / "clip1.mp4"]
+
+
+def test_an_empty_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no image or video in this folder"):
+        find_inputs(str(tmp_path))
+
+
+def test_rows_survive_being_killed(tmp_path):
+    code = (
+        "import sys, time; from aurora.records import JsonLines; log = JsonLines(sys.argv[1])\n"
+        "log.append({'n': 1}); log.append({'n': 2}); print('ready', flush=True); time.sleep(60)"
+    )
+    output = tmp_path / "out.jsonl"
+    with subprocess.Popen([sys.executable, "-c", code, str(output)], stdout=subprocess.PIPE, cwd=ROOT) as process:
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGKILL)
+    assert JsonLines(output).rows == [{"n": 1}, {"n": 2}]
+
+
+def test_another_file_is_left_alone(tmp_path):
+    for content in (b"hello\n", b"\x00\x01", b'[1]\n{"a": 1}\n', b"{\n  1\n}"):
+        other = tmp_path / "other"
+        other.write_bytes(content)
+        with pytest.raises(ValueError, match="output="):
+            JsonLines(other)
+        assert other.read_bytes() == content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
+def test_a_stopped_script_is_continued(tiny_model, media, tmp_path, stop, code):
+    clips, output = tmp_path / "clips", tmp_path / "out.jsonl"
+    clips.mkdir()
+    for number in range(30):
+        (clips / f"{number:02}.mp4").symlink_to(media / "a, b=1.mp4")
+    command = [sys.executable, str(ROOT / "scripts" / "caption.py"), f"model_path={tiny_model}", "max_new_tokens=5"]
+    command += [f"visual_input={clips}", f"output={output}"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout.readline()
+        process.send_signal(stop)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    assert errors.endswith("interrupted\n") == (stop is signal.SIGINT)
+    done = len(output.read_bytes().splitlines())
+    assert done < 30
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    assert again.returncode == 0, again.stderr
+    rows = rows_of(output)
+    assert [Path(row["file"]).name for row in rows] == [f"{number:02}.mp4" for number in range(30)]
+    assert len({row["caption"] for row in rows}) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["clips", "out.jsonl"]
