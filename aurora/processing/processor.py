@@ -113,15 +113,14 @@ class AuroraProcessor:
                 raise ValueError(f"{folder / CONFIG_FILE}: {key}={value!r}: want {kind.__name__}")
             return value
 
-        image_processor = AuroraImageProcessor.from_pretrained(folder)
-        return cls(
-            image_processor,
-            Tokenizer.from_pretrained(folder),
-            AuroraVideoProcessor(image_processor, num_frames=setting("num_frames", int, 8)),
-            chat_template=_read_template(folder),
-            frame_template=setting("frame_template", str, IMAGE_TOKEN),
-            image_token_index=setting("image_token_index", int, IMAGE_TOKEN_INDEX),
-        )
+        image_processor, tokenizer = AuroraImageProcessor.from_pretrained(folder), Tokenizer.from_pretrained(folder)
+        num_frames, frame_template = setting("num_frames", int, 8), setting("frame_template", str, IMAGE_TOKEN)
+        template, index = _read_template(folder), setting("image_token_index", int, IMAGE_TOKEN_INDEX)
+        try:
+            video_processor = AuroraVideoProcessor(image_processor, num_frames=num_frames)
+            return cls(image_processor, tokenizer, video_processor, template, frame_template, index)
+        except ValueError as error:
+            raise ValueError(f"{folder / CONFIG_FILE}: {error}") from None
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write everything `from_pretrained` reads into the folder `path`, which is made if needed."""
@@ -185,8 +184,8 @@ class AuroraProcessor:
             (B, F, 3, S, S) for several images a text; `pixel_values_videos` (B, F, 3, S, S).
 
         Raises:
-            ValueError: if the numbers of texts, images or clips disagree, clips differ in frames, or an input is
-                malformed.
+            ValueError: if the numbers of texts, images or clips disagree, a text has another number of placeholders
+                than one or its frames, clips differ in frames, or an input is malformed.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: want 'pt'")
@@ -232,9 +231,14 @@ class AuroraProcessor:
         counts = [len(row) for row in rows]
         if not rows or len(set(counts)) != 1 or not counts[0]:
             raise ValueError(f"images per text: got {counts}, want the same number, at least 1, for every text")
-        missing = [row == [None] and texts is not None and IMAGE_TOKEN not in texts[b] for b, row in enumerate(rows)]
+        # Not `row == [None]`: an array does not compare to one truth value.
+        absent = [len(row) == 1 and row[0] is None for row in rows]
+        missing = [absent[b] and texts is not None and IMAGE_TOKEN not in texts[b] for b in range(len(rows))]
         if all(missing):
             raise ValueError("images: got only None, want images=None for texts without images")
+        for b, text in enumerate(texts or []):
+            if not missing[b]:
+                _check_placeholders(b, text, counts[b])
         given = [image for row, absent in zip(rows, missing) if not absent for image in row]
         frames = self.image_processor(given)
         pixels = frames.new_zeros((len(rows), counts[0], *frames.shape[1:]))
@@ -246,7 +250,10 @@ class AuroraProcessor:
         clips = split_clips(videos)
         if texts is not None and len(clips) != len(texts):
             raise ValueError(f"got {len(clips)} videos and {len(texts)} texts, want one video per text")
-        return self.video_processor(clips)
+        pixels = self.video_processor(clips)
+        for b, text in enumerate(texts or []):
+            _check_placeholders(b, text, pixels.shape[1])
+        return pixels
 
     def _texts(self, texts: list[str], num_frames: int, *, padding: bool, padding_side: str) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, (B, T) int64."""
@@ -279,6 +286,17 @@ class AuroraProcessor:
         if num_frames < 2 or self.frame_template == IMAGE_TOKEN or text.count(IMAGE_TOKEN) != 1 or first not in text:
             return text
         return text.replace(first, chat.frame_text(num_frames, self.frame_template))
+
+
+def _check_placeholders(index: int, text: str, num_frames: int) -> None:
+    """Refuse a text that does not say where its frames go; the model would take it for one without any."""
+    found = text.count(IMAGE_TOKEN)
+    if found not in (1, num_frames):
+        frames = f"{num_frames} frame" + "s" * (num_frames != 1)
+        raise ValueError(
+            f"text {index}: {found} {IMAGE_TOKEN} placeholder{'s' * (found != 1)} for {frames}; want one per frame, or "
+            "one for all of them"
+        )
 
 
 def _read_template(folder: Path) -> str | None:

@@ -203,3 +203,21 @@ def test_hostile_files(tokenizer, tmp_path, name, content, message):
 def test_missing_folder(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         AuroraProcessor.from_pretrained(tmp_path / "gone")
+
+
+def test_an_array_or_a_tensor_is_an_image(processor):
+    picture = np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8)
+    want = processor(images=Image.fromarray(picture), text="<image> a")
+    for same in (picture, [picture], torch.from_numpy(picture)):
+        batch = processor(images=same, text="<image> a")
+        assert torch.equal(batch["pixel_values"], want["pixel_values"])
+
+
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("kind", ["images", "videos"])
+def test_a_prompt_with_a_missing_or_extra_placeholder_is_refused(tokenizer, kind, count):
+    processor = AuroraProcessor(AuroraImageProcessor(ImageConfig(image_size=14)), tokenizer)
+    frames = [np.zeros((14, 14, 3), np.uint8)] * (3 if kind == "videos" else 1)
+    given = {"images": frames[0]} if kind == "images" else {"videos": frames}
+    with pytest.raises(ValueError, match=f"{count} <image> placeholders? for {len(frames)} frame.*want one per frame"):
+        processor(text=f"USER: {'<image> ' * count}What? ASSISTANT:", **given)
