@@ -83,8 +83,8 @@ class CaptionConfig(RuntimeConfig):
             raise ValueError(f"token_kept_ratio={self.token_kept_ratio}: want a number in (0, 1]")
         if IMAGE_TOKEN in self.prompt:
             raise ValueError(
-                f"prompt: holds {self.prompt.count(IMAGE_TOKEN)} {IMAGE_TOKEN} of its own; want none, one is placed for "
-                "each frame"
+                f"prompt: holds {self.prompt.count(IMAGE_TOKEN)} {IMAGE_TOKEN} of its own; want none, one is placed "
+                "for each frame"
             )
         if self.visual_input == "":
             raise ValueError("visual_input='': want an image, a video, a folder or a glob")

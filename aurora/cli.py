@@ -266,10 +266,14 @@ def _shown(value: Any) -> str:
     """Write a value the way it is typed on the command line."""
     if isinstance(value, Enum):
         return value.name
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return f"[{','.join(map(_shown, value))}]"
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
 def _type_name(annotation: Any) -> str:
+    if typing.get_origin(annotation) is list:
+        return "a list in brackets, such as [1,2], each item " + _type_name(typing.get_args(annotation)[0])
     options = [option for option in typing.get_args(annotation) if option is not type(None)] or [annotation]
     if isinstance(options[0], type) and issubclass(options[0], Enum):
         return "one of " + ", ".join(options[0].__members__)

@@ -262,3 +262,11 @@ def test_help_explains_each_setting(capsys, verb):
     ]
     assert len(after_setting) > 3
     assert all(meaning.strip() for meaning in after_setting)
+
+
+def test_a_number_where_a_list_is_wanted_gets_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["visualize", "visual_input=x.png", "token_kept_ratio=0.2"])
+    assert stop.value.code == 2
+    wanted = "error: token_kept_ratio=0.2: want a list in brackets, such as [1,2], each item a number\n"
+    assert capsys.readouterr().err == wanted
