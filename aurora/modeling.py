@@ -151,7 +151,7 @@ class AuroraForConditionalGeneration(nn.Module):
 
         Args:
             path: Folder, made when missing; other files in it stay.
-            layout: aurora or xtuner.
+            layout: aurora, xtuner, llava_hf or llava.
             max_shard_size: Split the weights beyond this.
 
         Raises:

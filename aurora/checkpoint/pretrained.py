@@ -9,33 +9,33 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from aurora.checkpoint.layouts import Layout, config_folders, get_layout, recognise
+from aurora.checkpoint.gguf import load_llama
+from aurora.checkpoint.keys import Layout
+from aurora.checkpoint.layouts import config_folders, get_layout
+from aurora.checkpoint.lazy import lazy
+from aurora.checkpoint.reading import Checkpoint, open_checkpoint, recognise_folder
 from aurora.checkpoint.store import (
     DEFAULT_SHARD_SIZE,
     CheckpointError,
     JsonDict,
-    WeightFiles,
     atomic_folder,
-    finish_interrupted_save,
     parse_size,
-    read_json,
     refuse_pickle,
-    write_json,
-    write_weights,
 )
+from aurora.checkpoint.writing import write_checkpoint
 from aurora.model.captioner import AuroraConfig, AuroraModel
+from aurora.model.llama import Llama
+from aurora.model.vision import VisionTower
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja"]
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_MAX_ROWS = 20
 
 
 class Loaded(NamedTuple):
@@ -48,18 +48,12 @@ class Loaded(NamedTuple):
     """pad, crop or squash, where recorded: how frames were prepared in training."""
 
 
-class _Source(NamedTuple):
-    """Where one of our tensors comes from."""
-
-    weights: WeightFiles
-    key: str
-
-
-def resolve_checkpoint(path: str | Path) -> Path:
+def resolve_checkpoint(path: str | Path, *, pickles: bool = False) -> Path:
     """Turn a path or a hub id into a local folder; only an `owner/name` that is no local path is downloaded.
 
     Args:
         path: Folder, or `owner/name` on the Hugging Face hub.
+        pickles: Download pickled weights, too, for a conversion.
 
     Returns:
         The folder.
@@ -82,7 +76,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES + ["*.bin"] * pickles))
     except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(f"{path}: no such folder, and not to be had from the hub ({reason})") from error
@@ -95,20 +89,14 @@ def read_config(path: str | Path) -> tuple[Layout, AuroraConfig, Mapping[str, Js
         path: Checkpoint folder.
 
     Returns:
-        Layout, configuration, and the config.json contents by folder.
+        Layout, configuration (of a layout that holds one part, the other parts are defaults), and the parsed config
+        files by `Part.config_key`.
 
     Raises:
         CheckpointError: if the layout is unknown or a value unusable.
     """
-    root = Path(path)
-    finish_interrupted_save(root)
-    files = {folder: root / folder / "config.json" for folder in config_folders()}
-    configs = {folder: read_json(file) for folder, file in files.items() if file.is_file()}
-    layout = recognise(configs, where=str(root), hints=_hints(root))
-    try:
-        return layout, layout.read_config(configs), configs
-    except CheckpointError as error:
-        raise CheckpointError(f"{root}/{error}") from error
+    layout, config, configs, _ = recognise_folder(Path(path))
+    return layout, config, configs
 
 
 def load_pretrained(
@@ -132,20 +120,84 @@ def load_pretrained(
     Raises:
         CheckpointError: if files are missing, unreadable, or do not hold exactly this model.
     """
-    root = resolve_checkpoint(path)
-    layout, config, configs = read_config(root)
-    config.attn_implementation = attn_implementation
-    with torch.device("meta"):
-        model = AuroraModel(config)
-    with ExitStack() as stack:
-        weights = {part.folder: stack.enter_context(WeightFiles(root / part.folder)) for part in layout.parts}
-        wanted = model.state_dict()
-        sources = _match_keys(root, layout, weights, wanted, tied=config.text.tie_word_embeddings)
-        target = _resolve_dtype(dtype, configs[""], weights[""])
-        state = {name: source.weights.load(source.key, dtype=target, device=device) for name, source in sources.items()}
+    with open_checkpoint(resolve_checkpoint(path)) as found:
+        if not found.layout.is_whole:
+            held = " and ".join(prefix.rstrip(".") for prefix in found.layout.holds)
+            raise CheckpointError(
+                f"{found.root}: holds a {held} alone (layout {found.layout.name}), want a whole captioner; put one "
+                "together: python scripts/convert.py model_path=<language model> vision_path=<tower> output=<folder>"
+            )
+        found.config.attn_implementation = attn_implementation
+        with torch.device("meta"):
+            model = AuroraModel(found.config)
+        state = _read_state(found, dtype, device)
     model.load_state_dict(state, assign=True)
-    aspect = configs[""].get("image_aspect_ratio")
-    return Loaded(model.eval(), layout.name, aspect if isinstance(aspect, str) else None)
+    aspect = found.configs[""].get("image_aspect_ratio")
+    return Loaded(model.eval(), found.layout.name, aspect if isinstance(aspect, str) else None)
+
+
+def load_vision_tower(
+    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> VisionTower:
+    """Load the vision tower of any checkpoint that holds one: a captioner, or a tower alone.
+
+    Args:
+        path: Checkpoint folder or hub id; Hugging Face CLIP or SigLIP, open_clip, timm, or a whole captioner.
+        dtype: Of the floating tensors; "auto" is the stored one, None is float32.
+        device: Where to put them.
+
+    Returns:
+        The tower in evaluation mode.
+
+    Raises:
+        CheckpointError: if there is no tower, or it cannot be read.
+    """
+    with open_checkpoint(resolve_checkpoint(path)) as found:
+        with torch.device("meta"):
+            tower = VisionTower(found.config.vision)
+        state = _read_state(found, dtype, device, "vision_tower.")
+    tower.load_state_dict(state, assign=True)
+    return tower.eval()
+
+
+def load_language_model(
+    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> Llama:
+    """Load the language model of any checkpoint that holds one: a captioner, a Llama alone, or a GGUF file.
+
+    Args:
+        path: Checkpoint folder, hub id, or `.gguf` file.
+        dtype: Of the floating tensors; "auto" is the stored one, None is float32.
+        device: Where to put them.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: if there is no language model, or it cannot be read.
+    """
+    if Path(path).suffix == ".gguf":
+        return load_llama(path, dtype=dtype, device=device)
+    with open_checkpoint(resolve_checkpoint(path)) as found:
+        with torch.device("meta"):
+            model = Llama(found.config.text)
+        state = _read_state(found, dtype, device, "language_model.")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def _read_state(
+    found: Checkpoint, dtype: torch.dtype | str | None, device: torch.device | str, prefix: str = ""
+) -> dict[str, Tensor]:
+    """Read the tensors below a prefix; each is a private map of its file unless it is cast, moved or merged."""
+    chosen = {name: tensor for name, tensor in found.tensors.items() if name.startswith(prefix)}
+    if not chosen:
+        raise CheckpointError(f"{found.root}: layout {found.layout.name} holds no {prefix.rstrip('.')}")
+    target = _resolve_dtype(dtype, found.configs.get("", {}), next(iter(chosen.values())).dtype)
+    return {
+        name.removeprefix(prefix): tensor.cast(target).mapped().to(device).contiguous()
+        for name, tensor in chosen.items()
+    }
 
 
 def load_model(
@@ -178,99 +230,25 @@ def save_model(
     """
     kind = get_layout(layout)
     parse_size(max_shard_size)
-    state = model.state_dict()
-    tensors: dict[str, dict[str, Tensor]] = {part.folder: {} for part in kind.parts}
-    for name, tensor in state.items():
-        part, foreign = kind.place(name)
-        tensors[part.folder][foreign] = tensor
-    contents = kind.write_config(model.config, image_aspect_ratio)
+    tensors = {name: lazy(tensor, file=Path(path), key=name) for name, tensor in model.state_dict().items()}
     with atomic_folder(Path(path), owned=config_folders()) as stage:
-        for part in kind.parts:
-            folder = stage / part.folder
-            folder.mkdir(exist_ok=True)
-            stored = str(next(iter(tensors[part.folder].values())).dtype).removeprefix("torch.")
-            write_json(folder / "config.json", {**contents[part.folder], "torch_dtype": stored})
-            write_weights(folder, tensors[part.folder], max_shard_size=max_shard_size)
+        write_checkpoint(
+            stage,
+            kind,
+            model.config,
+            tensors,
+            max_shard_size=max_shard_size,
+            image_aspect_ratio=image_aspect_ratio,
+        )
 
 
-def _hints(root: Path) -> list[str]:
-    hints = []
-    adapters = [name for name in ("llm_adapter", "visual_encoder_adapter") if (root / name).is_dir()]
-    if adapters:
-        hints.append(f"{', '.join(adapters)} hold LoRA weights, which have to be merged into a full model first")
-    pickles = sorted(file.name for file in root.glob("*") if file.suffix in (".bin", ".pth", ".pt"))
-    if pickles:
-        hints.append(f"{pickles[0]} is pickled, and pickled weights are not read")
-    return hints
-
-
-def _match_keys(
-    root: Path, layout: Layout, weights: Mapping[str, WeightFiles], wanted: Mapping[str, Tensor], *, tied: bool
-) -> dict[str, _Source]:
-    """Find the source of every wanted tensor; refuse missing, unexpected and misshapen ones with a table."""
-    candidates: dict[str, list[_Source]] = {}
-    rows: list[tuple[str, str, str, str]] = []  # (problem, file, key, got and want)
-    for part in layout.parts:
-        files = weights[part.folder]
-        # With tied embeddings some files hold the output head a second time.
-        twin = part.keys.to_foreign("language_model.lm_head.weight") if tied else None
-        for key in files.names:
-            proper, alias = part.keys.to_ours(key), part.keys.alias_of(key)
-            if proper in wanted:
-                candidates.setdefault(str(proper), []).insert(0, _Source(files, key))
-            elif alias in wanted:
-                candidates.setdefault(str(alias), []).append(_Source(files, key))
-            elif not part.keys.is_ignored(key) and key != twin:
-                rows.append(("unexpected", _short(files.file_of(key), root), key, f"got {_shape(files.shape(key))}"))
-    chosen: dict[str, _Source] = {}
-    for name, tensor in wanted.items():
-        shape = tuple(tensor.shape)
-        options = candidates.get(name)
-        if not options:
-            part, key = layout.place(name)
-            rows.append(("missing", _short(root / part.folder, root), key, f"want {_shape(shape)}"))
-            continue
-        fitting = [option for option in options if option.weights.shape(option.key) == shape]
-        chosen[name] = (fitting or options)[0]
-        files, key = chosen[name]
-        if not fitting:
-            problem, detail = "misshapen", f"got {_shape(files.shape(key))}, want {_shape(shape)}"
-            rows.append((problem, _short(files.file_of(key), root), key, detail))
-        elif not files.dtype(key).is_floating_point:
-            detail = f"got {files.dtype(key)}, want a floating one"
-            rows.append(("wrong dtype", _short(files.file_of(key), root), key, detail))
-    if rows:
-        raise CheckpointError(_table(root, layout, rows))
-    return chosen
-
-
-def _table(root: Path, layout: Layout, rows: list[tuple[str, str, str, str]]) -> str:
-    widths = [max(len(row[column]) for row in rows[:_MAX_ROWS]) for column in range(3)]
-    lines = [
-        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[3]])
-        for row in rows[:_MAX_ROWS]
-    ]
-    more = [f"... and {len(rows) - _MAX_ROWS} more"] if len(rows) > _MAX_ROWS else []
-    count = f"{len(rows)} tensor{'s' * (len(rows) != 1)}"
-    return "\n  ".join([f"{root}: {count} of layout {layout.name} do not fit the config:", *lines, *more])
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
-
-
-def _short(path: Path, root: Path) -> str:
-    return path.relative_to(root).as_posix()
-
-
-def _resolve_dtype(dtype: torch.dtype | str | None, config: JsonDict, weights: WeightFiles) -> torch.dtype:
+def _resolve_dtype(dtype: torch.dtype | str | None, config: JsonDict, stored: torch.dtype) -> torch.dtype:
     if isinstance(dtype, torch.dtype) and dtype in _DTYPES.values():
         return dtype
     if dtype is None:
         return torch.float32
     name = str(dtype).removeprefix("torch.")
     if name == "auto":
-        stored = weights.dtype(next(key for key in weights.names if weights.dtype(key).is_floating_point))
         name = str(config.get("dtype") or config.get("torch_dtype") or stored).removeprefix("torch.")
     if name not in _DTYPES:
         raise ValueError(f"torch_dtype={dtype!r}: want auto or one of {', '.join(_DTYPES)}")

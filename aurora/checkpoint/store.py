@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -22,7 +23,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 JsonDict = dict[str, Any]
@@ -69,44 +69,46 @@ def read_json(path: Path) -> JsonDict:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, not JSON, or a number too long
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: got a JSON {type(content).__name__}, want an object")
     return content
 
 
-def refuse_pickle(path: Path) -> CheckpointError:
+def refuse_pickle(path: Path, root: Path | None = None) -> CheckpointError:
     """Build the error for a pickled weight file; it holds the command that converts it.
 
     Args:
         path: The `.bin`, `.pth` or `.pt` file.
+        root: Checkpoint it belongs to; by default its folder.
 
     Returns:
         The error, for the caller to raise.
     """
-    target = path.with_name(SINGLE_FILE).as_posix()
-    command = (
-        f'python -c "import torch; from safetensors.torch import save_file; '
-        f"w = torch.load('{path.as_posix()}', weights_only=True, map_location='cpu'); "
-        f"save_file({{k: v.clone() for k, v in w.items()}}, '{target}')\""
+    source = (root or path.parent).absolute()
+    target = source.with_name(f"{source.name}-safetensors")
+    settings = shlex.join((f"model_path={source.as_posix()}", f"output={target.as_posix()}"))
+    return CheckpointError(
+        f"{path}: pickled weights are not read, want safetensors; convert with: python scripts/convert.py {settings}"
     )
-    return CheckpointError(f"{path}: pickled weights are not read, want safetensors; convert with: {command}")
 
 
 class WeightFiles:
     """The tensors of one folder, by name, loaded one at a time. A context manager: it holds the files open."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, stem: str = "model") -> None:
         """Open `model.safetensors`, the shards of `model.safetensors.index.json`, or a lone `*.safetensors`.
 
         Args:
             folder: Folder that holds the weights.
+            stem: What stands before `.safetensors` in place of `model`.
 
         Raises:
             CheckpointError: if there are none, only pickles, or a file is missing, truncated or corrupt.
         """
         self.folder = folder
+        self._single_file, self._index_file = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
         self._stack = ExitStack()
         self._handles: dict[str, Any] = {}
         self._file_of: dict[str, str] = {}
@@ -125,32 +127,36 @@ class WeightFiles:
 
     def _list_files(self) -> dict[str, set[str] | None]:
         """File name -> keys the index puts there, None where no index speaks."""
-        if (self.folder / INDEX_FILE).is_file():
-            return _read_index(self.folder / INDEX_FILE)
-        if (self.folder / SINGLE_FILE).is_file():
-            return {SINGLE_FILE: None}
+        if (self.folder / self._index_file).is_file():
+            return _read_index(self.folder / self._index_file)
+        if (self.folder / self._single_file).is_file():
+            return {self._single_file: None}
         names = sorted(path.name for path in self.folder.glob("*.safetensors"))
         if len(names) == 1:
             return {names[0]: None}
         if names:
-            raise CheckpointError(f"{self.folder}: got {', '.join(names)}, want {INDEX_FILE} to say what is where")
+            raise CheckpointError(
+                f"{self.folder}: got {', '.join(names)}, want {self._index_file} to say what is where"
+            )
         pickles = sorted(path for path in self.folder.glob("*") if path.suffix in _PICKLE_SUFFIXES)
         if pickles:
             raise refuse_pickle(pickles[0])
-        raise CheckpointError(f"{self.folder}: no weights, want {SINGLE_FILE} or {INDEX_FILE}")
+        raise CheckpointError(f"{self.folder}: no weights, want {self._single_file} or {self._index_file}")
 
     def _open(self, stack: ExitStack, name: str, expected: set[str] | None) -> None:
         path = self.folder / name
         try:
             handle = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         except FileNotFoundError:
-            raise CheckpointError(f"{path}: no such file, but {INDEX_FILE} names it") from None
+            raise CheckpointError(f"{path}: no such file, but {self._index_file} names it") from None
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path}: not a complete safetensors file ({error})") from error
         keys = set(handle.keys())
         if expected is not None and not expected <= keys:
             missing = sorted(expected - keys)
-            raise CheckpointError(f"{path}: {missing[0]} is not in it ({len(missing)} such), but {INDEX_FILE} says so")
+            raise CheckpointError(
+                f"{path}: {missing[0]} is not in it ({len(missing)} such), but {self._index_file} says so"
+            )
         self._handles[name] = handle
         for key in keys if expected is None else expected:
             self._file_of[key] = name
@@ -200,6 +206,24 @@ class WeightFiles:
         target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         return tensor.to(device=device, dtype=target)
 
+    def read(self, key: str) -> Tensor:
+        """Load one tensor through a map of its own: what was read leaves the memory together with it.
+
+        Args:
+            key: Name of the tensor.
+
+        Returns:
+            The tensor, on the CPU.
+
+        Raises:
+            CheckpointError: if the file cannot be read.
+        """
+        try:
+            with safe_open(self.file_of(key), framework="pt", device="cpu") as handle:
+                return handle.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.file_of(key)}: cannot read {key} ({error})") from error
+
 
 def _read_index(path: Path) -> dict[str, set[str] | None]:
     weight_map = read_json(path).get("weight_map")
@@ -233,56 +257,6 @@ def parse_size(size: int | str) -> int:
     if match is None or (unit and unit not in _SIZE_UNITS) or float(match[1]) <= 0:
         raise ValueError(f"max_shard_size={size!r}: want bytes > 0 or a text such as 5GB, 512MiB")
     return int(float(match[1]) * _SIZE_UNITS.get(unit, 1))
-
-
-def split_shards(tensors: Mapping[str, Tensor], max_shard_size: int | str) -> list[list[str]]:
-    """Group tensor names, in order, so that each group fits in `max_shard_size` (a larger tensor stands alone).
-
-    Args:
-        tensors: Name -> tensor.
-        max_shard_size: Bytes, or a text such as `"5GB"`.
-
-    Returns:
-        One list of names per shard, at least one.
-    """
-    limit = parse_size(max_shard_size)
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
-
-
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, max_shard_size: int | str) -> None:
-    """Write tensors as one safetensors file, or as shards with an index, into a (staging) folder.
-
-    Args:
-        folder: Existing folder.
-        tensors: Name -> tensor on any device.
-        max_shard_size: Bytes, or a text such as `"5GB"`.
-
-    Raises:
-        CheckpointError: if the disk refuses.
-    """
-    shards = split_shards(tensors, max_shard_size)
-    many = len(shards) > 1
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(shards, start=1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if many else SINGLE_FILE
-        shard = {name: tensors[name].detach().cpu().contiguous() for name in names}
-        try:
-            save_file(shard, folder / file, metadata={"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{folder / file}: cannot write ({error})") from error
-        weight_map.update(dict.fromkeys(names, file))
-    if many:
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def write_json(path: Path, content: JsonDict) -> None:

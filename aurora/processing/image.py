@@ -321,8 +321,8 @@ def _parse_config(raw: dict[str, Any], file: Path) -> ImageConfig:
     def edge(key: str) -> int | None:
         value = raw.get(key)
         if isinstance(value, dict):
-            edges = {value[name] for name in ("shortest_edge", "height", "width") if value.get(name) is not None}
-            value = edges.pop() if len(edges) == 1 else value
+            edges = [value[name] for name in ("shortest_edge", "height", "width") if value.get(name) is not None]
+            value = edges[0] if edges and all(edge == edges[0] for edge in edges) else value
         if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
             raise ValueError(f"{file}: {key}={raw[key]}: want one edge in pixels")
         return value

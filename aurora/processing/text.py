@@ -171,12 +171,16 @@ class Tokenizer:
         """Read `tokenizer.model` or else `tokenizer.json`, with the special tokens of the files beside it.
 
         Args:
-            path: Checkpoint folder.
+            path: Checkpoint folder, or a `.gguf` file.
 
         Raises:
             ValueError: if there is no tokenizer or a file of it is broken; the message names the file.
         """
         folder = Path(path)
+        if folder.suffix == ".gguf" and folder.is_file():
+            from aurora.processing.gguf_tokenizer import load_gguf_tokenizer  # which builds one of this class
+
+            return load_gguf_tokenizer(folder)
         vocabulary = next(
             (folder / name for name in (SENTENCEPIECE_FILE, JSON_FILE) if (folder / name).is_file()), None
         )
@@ -301,14 +305,31 @@ class StreamDecoder:
         return text[len(known) :]
 
 
+def parse_vocabulary(name: str, content: bytes, *, source: str) -> Backend:
+    """Read the content of a vocabulary file.
+
+    Args:
+        name: `tokenizer.model` or `tokenizer.json`.
+        content: What it holds.
+        source: Name for error messages.
+
+    Raises:
+        ValueError: if it is broken.
+    """
+    try:
+        return _SentencePiece(content) if name == SENTENCEPIECE_FILE else _JsonTokenizer(content)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{source}: not a readable tokenizer ({reason}); want a whole {name}") from None
+
+
 def _load_backend(file: Path) -> Backend:
     """Read a vocabulary file; a broken one is a ValueError that names it."""
     try:
         content = file.read_bytes()
-        return _SentencePiece(content) if file.name == SENTENCEPIECE_FILE else _JsonTokenizer(content)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file}: not a readable tokenizer ({reason}); want a whole {file.name}") from None
+    except OSError as error:
+        raise ValueError(f"{file}: not readable ({error}); want a whole {file.name}") from None
+    return parse_vocabulary(file.name, content, source=str(file))
 
 
 def _added_tokens(raw: Mapping[str, Any], file: Path) -> dict[str, int]:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from aurora.checkpoint.lazy import LazyTensor, lazy, split_shards, write_lazy
 from aurora.checkpoint.store import (
     CheckpointError,
     WeightFiles,
@@ -21,12 +22,18 @@ from aurora.checkpoint.store import (
     finish_interrupted_save,
     parse_size,
     read_json,
-    split_shards,
     write_json,
-    write_weights,
 )
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.float16), "n": torch.arange(3)}
+
+
+def described(tensors: dict[str, torch.Tensor]) -> dict[str, LazyTensor]:
+    return {name: lazy(tensor, file=Path("memory"), key=name) for name, tensor in tensors.items()}
+
+
+def write_weights(folder: Path, tensors: dict[str, torch.Tensor], *, max_shard_size: int | str) -> None:
+    write_lazy(folder, described(tensors), max_shard_size=max_shard_size)
 
 
 def save(folder: Path, value: float, *, shard: int | str = "5GB") -> None:
@@ -62,8 +69,8 @@ def test_writing_into_a_loaded_tensor_leaves_the_file_alone(tmp_path: Path) -> N
 
 def test_shards_hold_everything_once_and_at_most_their_size(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((25,), float(i)) for i in range(7)}  # 100 bytes each
-    assert split_shards(tensors, 250) == [["t0", "t1"], ["t2", "t3"], ["t4", "t5"], ["t6"]]
-    assert split_shards(tensors, 1) == [[name] for name in tensors]
+    assert split_shards(described(tensors), 250) == [["t0", "t1"], ["t2", "t3"], ["t4", "t5"], ["t6"]]
+    assert split_shards(described(tensors), 1) == [[name] for name in tensors]
     write_weights(tmp_path, tensors, max_shard_size=250)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == 700
@@ -80,17 +87,15 @@ def test_sizes_read_as_written() -> None:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "step_100.pth", "weights.pt"])
-def test_pickles_are_refused_with_a_conversion_that_works(tmp_path: Path, name: str) -> None:
+def test_pickles_are_refused_with_the_command_that_converts_them(tmp_path: Path, name: str) -> None:
     torch.save(TENSORS, tmp_path / name)
     with pytest.raises(CheckpointError, match="pickled weights are not read") as caught:
         WeightFiles(tmp_path)
     assert name in str(caught.value)
     assert "\n" not in str(caught.value)
-    program, flag, code = shlex.split(str(caught.value).partition("convert with: ")[2])
-    assert (program, flag) == ("python", "-c")
-    exec(code, {})
-    with WeightFiles(tmp_path) as weights:
-        assert torch.equal(weights.load("a"), TENSORS["a"])
+    program, script, *settings = shlex.split(str(caught.value).partition("convert with: ")[2])
+    assert (program, script) == ("python", "scripts/convert.py")
+    assert settings == [f"model_path={tmp_path}", f"output={tmp_path}-safetensors"]
 
 
 def test_index_of_pickles_is_refused_too(tmp_path: Path) -> None:
@@ -229,3 +234,28 @@ def test_saving_onto_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("")
     with pytest.raises(CheckpointError, match="taken: got a file, want a folder"):
         save(tmp_path / "taken", 1.0)
+
+
+def test_a_written_file_is_what_the_library_writes(tmp_path: Path) -> None:
+    """Odd sizes and mixed dtypes: every tensor is aligned, whatever stands before it."""
+    tensors = TENSORS | {
+        "odd": torch.arange(3, dtype=torch.uint8), "bool": torch.tensor([True, False]), "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4), "half": torch.arange(5).to(torch.bfloat16), "double": torch.rand(3).double(),
+        "turned": torch.arange(6.0).view(2, 3).T, "\u00e9": torch.ones(1),
+    }  # fmt: skip
+    write_weights(tmp_path, tensors, max_shard_size="5GB")
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor), name
+    header_size = int.from_bytes((tmp_path / "model.safetensors").read_bytes()[:8], "little")
+    header = json.loads((tmp_path / "model.safetensors").read_bytes()[8 : 8 + header_size])
+    for name, tensor in tensors.items():
+        assert (8 + header_size + header[name]["data_offsets"][0]) % tensor.element_size() == 0, name
+
+
+def test_a_tensor_that_is_not_what_was_announced_is_not_written(tmp_path: Path) -> None:
+    wrong = LazyTensor(shape=(3,), dtype=torch.float32, read=lambda: torch.zeros(4), file=tmp_path / "x", key="w")
+    with pytest.raises(CheckpointError, match=r"x: w is torch.float32 \(4,\), its header said torch.float32 \(3,\)"):
+        write_lazy(tmp_path, {"w": wrong}, max_shard_size="5GB")
