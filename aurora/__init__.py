@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from aurora.model.captioner import AuroraConfig
+    from aurora.checkpoint.public_config import AuroraConfig
     from aurora.modeling import AuroraForConditionalGeneration
     from aurora.processing.image import AuroraImageProcessor
     from aurora.processing.processor import AuroraProcessor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it.
 _PUBLIC = {
-    "AuroraConfig": "aurora.model.captioner",
+    "AuroraConfig": "aurora.checkpoint.public_config",
     "AuroraForConditionalGeneration": "aurora.modeling",
     "AuroraImageProcessor": "aurora.processing.image",
     "AuroraProcessor": "aurora.processing.processor",

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from aurora.checkpoint.pretrained import load_pretrained, save_model
+from aurora.checkpoint.public_config import AuroraConfig, public_config
 from aurora.checkpoint.store import DEFAULT_SHARD_SIZE
 from aurora.generation.engine import Streamer, check_context, generate
 from aurora.generation.options import GenerateOptions, MergeOptions, merge_for_call, split_options
+from aurora.model import captioner
 from aurora.model.attention import BACKENDS
 from aurora.model.cache import KVCache
-from aurora.model.captioner import AuroraConfig, AuroraModel, VisualFeatures, next_token_loss
+from aurora.model.captioner import AuroraModel, VisualFeatures, next_token_loss
 from aurora.model.merge import MergeConfig, MergePlan
 
 
@@ -78,7 +80,7 @@ class VisualPrefix:
 class AuroraForConditionalGeneration(nn.Module):
     """AuroraCap, with the interface of the published snippets."""
 
-    def __init__(self, config: AuroraConfig | AuroraModel) -> None:
+    def __init__(self, config: captioner.AuroraConfig | AuroraModel) -> None:
         """Build a model with fresh weights, or wrap one.
 
         Args:
@@ -86,12 +88,13 @@ class AuroraForConditionalGeneration(nn.Module):
         """
         super().__init__()
         self.model = config if isinstance(config, AuroraModel) else AuroraModel(config)
+        self.model.config = public_config(self.model.config)
         self.image_aspect_ratio: str | None = None
 
     @property
     def config(self) -> AuroraConfig:
         """Configuration of the model."""
-        return self.model.config
+        return cast(AuroraConfig, self.model.config)  # made one in __init__
 
     @property
     def device(self) -> torch.device:

@@ -176,7 +176,10 @@ def test_when_all_fail_the_run_fails(tiny_model, tmp_path, capsys):
         (["visual_input={media}/short.mp4", "+num_frames=4"], "unknown key num_frames; did you mean num_frm?"),
         (["visual_input={media}/short.mp4", "merge=exactly"], "merge/exactly"),
         (["visual_input={media}/short.mp4", "model_path=nowhere/at/all"], "nowhere/at/all"),
-        (["visual_input={media}/short.mp4", "num_frm=3", "prompt=an extra <image>"], "prompt: holds 1 <image> of its own"),
+        (
+            ["visual_input={media}/short.mp4", "num_frm=3", "prompt=an extra <image>"],
+            "prompt: holds 1 <image> of its own",
+        ),
         (["visual_input={media}/short.mp4", "output={media}/short.mp4"], "is one of the inputs"),
         (["visual_input={media}/short.mp4", "output={media}/notes.txt"], "want JSON lines"),
         (["visual_input={media}/short.mp4", "output={media}"], "this is a folder"),

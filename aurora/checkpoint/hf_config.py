@@ -14,7 +14,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 from aurora.checkpoint.store import CheckpointError, JsonDict
-from aurora.model.captioner import AuroraConfig
+from aurora.model.captioner import IGNORE_INDEX, AuroraConfig
 from aurora.model.llama import LlamaConfig, RopeScaling
 from aurora.model.merge import MergeConfig, Schedule, SizeBias
 from aurora.model.projector import ProjectorConfig
@@ -116,6 +116,8 @@ def config_from_aurora(configs: Mapping[str, JsonDict]) -> AuroraConfig:
     root = configs[""]
     vision, text = _section(root, "vision_config"), _section(root, "text_config")
     warn_unknown("config.json", root, _AURORA_ONLY)
+    if root.get("ignore_index") not in (None, IGNORE_INDEX):
+        raise CheckpointError(f"config.json: ignore_index={root['ignore_index']!r}: want {IGNORE_INDEX}")
     return build(
         AuroraConfig,
         "config.json",
@@ -180,6 +182,7 @@ def aurora_config_json(config: AuroraConfig, image_aspect_ratio: str | None = No
             "model_type": "aurora",
             **write_shared(config, image_aspect_ratio),
             "projector_hidden_act": config.projector.hidden_act.value,
+            "ignore_index": IGNORE_INDEX,
             **write_token_ids(config),
             "tie_word_embeddings": config.text.tie_word_embeddings,
             "text_config": {"model_type": "llama", **write_text(config.text), **write_token_ids(config)},

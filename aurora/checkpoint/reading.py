@@ -21,6 +21,7 @@ from aurora.checkpoint.layouts import config_files, recognise
 from aurora.checkpoint.lazy import LazyTensor
 from aurora.checkpoint.lora import ADAPTER_FOLDERS, base_of, merge_adapter, pair_factors
 from aurora.checkpoint.pickles import PICKLE_SUFFIXES, PickleFiles, find_pickles, split_training_state
+from aurora.checkpoint.public_config import public_config
 from aurora.checkpoint.store import (
     CheckpointError,
     JsonDict,
@@ -148,7 +149,7 @@ def recognise_folder(
         # The official LLaVA layout may only name its tower.
         configs[""].setdefault("vision_config", write_vision(other_tower))
     try:
-        return layout, layout.read_config(configs), configs, places
+        return layout, public_config(layout.read_config(configs)), configs, places
     except CheckpointError as error:
         raise CheckpointError(f"{root}/{error}") from error
 

@@ -95,6 +95,23 @@ class AuroraImageProcessor:
             raise ValueError("images: got none, want at least one")
         return self._normalise([self._square(to_rgb(frame)) for frame in frames])
 
+    def preprocess(self, images: ImageInput | Sequence[ImageInput], return_tensors: str = "pt") -> dict[str, Tensor]:
+        """Normalise one image or several, with the interface of CLIPImageProcessor.
+
+        Args:
+            images: As for a call.
+            return_tensors: pt; no other kind of array is made.
+
+        Returns:
+            `pixel_values`, (F, 3, S, S) float32.
+
+        Raises:
+            ValueError: for another kind, and as a call.
+        """
+        if return_tensors != "pt":
+            raise ValueError(f"return_tensors={return_tensors!r}: want 'pt'")
+        return {"pixel_values": self(images)}
+
     def preprocess_frames(self, frames: NDArray[np.uint8]) -> Tensor:
         """Normalise the frames of a clip.
 
