@@ -38,7 +38,7 @@ class Codec(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class DatasetConfig:
-    """What `write_dataset` writes."""
+    """Write TinyWorld clips as mp4, with LLaVA-style conversations and the facts of each clip."""
 
     folder: str = "tinyworld"
     """Target folder; made if absent."""
