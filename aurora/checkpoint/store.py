@@ -295,7 +295,7 @@ def atomic_folder(target: Path, *, owned: Iterable[str] = ()) -> Iterator[Path]:
         write_json(stage / "commit.json", {"remove": stale})
         _make_durable(stage)
         stage.rename(target / _COMMIT_FOLDER)
-        _sync(target)
+        sync(target)
         finish_interrupted_save(target)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot save ({error}); the earlier files are untouched") from error
@@ -329,7 +329,7 @@ def finish_interrupted_save(target: Path) -> None:
                 path.replace(place)
         for name in remove:
             (target / name).unlink(missing_ok=True)
-        _sync(target)
+        sync(target)
         shutil.rmtree(commit)
     except OSError as error:
         raise CheckpointError(f"{commit}: an interrupted save could not be finished ({error})") from error
@@ -351,11 +351,12 @@ def _make_durable(stage: Path) -> None:
     for path in stage.rglob("*"):
         if path.is_file():
             path.chmod(mode)  # safetensors makes its files private to the user
-        _sync(path)
-    _sync(stage)
+        sync(path)
+    sync(stage)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file or a folder is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -6,7 +6,6 @@ what is being written is called `.writing-*` until the rename.
 """
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -17,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from aurora.checkpoint.store import sync
 
 _STEP_NAME = re.compile(r"step_(\d{7,})")
 _RNG_KEY = "rng.torch"
@@ -52,11 +53,11 @@ def save_checkpoint(
     save_file(_optimizer_tensors(model, optimizer), writing / "optimizer.safetensors")
     (writing / "state.json").write_text(json.dumps({"step": step, **info}, indent=1, sort_keys=True) + "\n")
     for file in writing.iterdir():
-        _sync(file)
+        sync(file)
     if target.exists():
         shutil.rmtree(target)
     writing.replace(target)
-    _sync(folder)
+    sync(folder)
     for old in checkpoint_steps(folder)[:-keep]:
         shutil.rmtree(checkpoint_path(folder, old))
     return target
@@ -107,11 +108,3 @@ def _optimizer_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tens
         for field, value in state.items():
             tensors[f"{names[id(parameter)]}/{field}"] = value
     return tensors
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -84,7 +84,7 @@ def test_stages_resume_bit_for_bit(recipe: Recipe, name: str) -> None:
     assert_same(weights[0], weights[1])
 
 
-@pytest.mark.parametrize("broken", ["save_file", "_sync", "rename"])
+@pytest.mark.parametrize("broken", ["save_file", "sync", "rename"])
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
     whole = finish(tmp_path / "whole")
     finish(tmp_path / "run", 2)
