@@ -205,7 +205,7 @@ def _check_space(folder: Path, num_bytes: int) -> None:
     parent = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(parent).free
     if free < num_bytes + _SPARE_BYTES:
-        raise CheckpointError(f"output={folder}: {free / 1e9:.1f} GB free on its disk, want {num_bytes / 1e9:.1f} GB")
+        raise CheckpointError(f"output={folder}: {free / 1e6:,.1f} MB free on its disk, want {num_bytes / 1e6:,.1f} MB")
 
 
 def _aspect_ratio(configs: dict[str, JsonDict]) -> str | None:

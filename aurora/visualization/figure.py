@@ -95,6 +95,8 @@ def save_picture(picture: Picture, path: str | Path) -> Path:
     try:
         Image.fromarray(picture).save(beside, format="PNG", optimize=True)
         beside.replace(path)
+    except OSError as error:  # Pillow writes through a descriptor, so its error names no file
+        raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
     return path
