@@ -9,7 +9,6 @@ Shape letters: B rows, F frames, T text positions, L positions with visual token
 from __future__ import annotations
 
 import importlib.util
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Unpack, cast
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from aurora.checkpoint.pretrained import load_pretrained, save_model
 from aurora.checkpoint.public_config import AuroraConfig, public_config
 from aurora.checkpoint.store import DEFAULT_SHARD_SIZE
-from aurora.generation.engine import Streamer, check_context, generate
+from aurora.generation.engine import Streamer, check_context, generate, synchronized_s
 from aurora.generation.options import GenerateOptions, MergeOptions, merge_for_call, split_options
 from aurora.model import captioner
 from aurora.model.attention import BACKENDS
@@ -267,9 +266,9 @@ class AuroraForConditionalGeneration(nn.Module):
         pixels = _as_clips(pixel_values, pixel_values_videos)
         if pixels is None:
             raise ValueError("encode: got no pixels, want pixel_values or pixel_values_videos")
-        start = _now(self.device)
+        start = synchronized_s(self.device)
         features = self.model.encode(pixels, merge=self.merge_config(**options), trace=trace)
-        return VisualPrefix(features=features, seconds=_now(self.device) - start)
+        return VisualPrefix(features=features, seconds=synchronized_s(self.device) - start)
 
     @torch.inference_mode()
     def generate(
@@ -414,9 +413,3 @@ def _device_of(device_map: str | int | torch.device | dict[str, Any] | None) -> 
         return torch.device(cast("str | int | torch.device", device_map))
     except (RuntimeError, TypeError) as error:
         raise ValueError(f"device_map={device_map!r}: want auto or a device such as cpu or cuda:0") from error
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -121,11 +121,11 @@ def _generate(
     sampler = Sampler(sampling, batch_size=len(limits), vocab_size=model.config.text.vocab_size, device=mask.device)
     kept: list[Tensor] = []
 
-    start = _now(mask.device)
+    start = synchronized_s(mask.device)
     logits = decoder.prefill()  # (B, V)
     if not bool(torch.isfinite(logits).all()):
         raise ValueError(f"logits of the prompt are not finite in {model.dtype}; want a wider dtype or sound weights")
-    prefilled = _now(mask.device)
+    prefilled = synchronized_s(mask.device)
     while True:
         if keep_logits:
             kept.append(logits.float())
@@ -135,7 +135,7 @@ def _generate(
         if rows.all_finished:
             break
         logits = decoder.step(torch.tensor(ids, device=mask.device))
-    seconds = {"prefill": prefilled - start, "decode": _now(mask.device) - prefilled}
+    seconds = {"prefill": prefilled - start, "decode": synchronized_s(mask.device) - prefilled}
     sequences = torch.tensor(rows.columns, device=mask.device).t().contiguous()  # (B, T_new)
     return GenerateResult(
         sequences, rows.num_generated, rows.stopped_by, seconds, torch.stack(kept, dim=1) if keep_logits else None
@@ -214,8 +214,8 @@ class _Decoder:
         return min(-(-slots // CACHE_BUCKET) * CACHE_BUCKET, self.most_slots)
 
 
-def _now(device: torch.device) -> float:
-    """Seconds on a monotonic clock, when the device has done what it was asked."""
+def synchronized_s(device: torch.device) -> float:
+    """Return seconds on a monotonic clock, taken when the device has done what it was asked."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -5,7 +5,6 @@ Every other clip has been through a real H.264 file, as every clip is at inferen
 
 import json
 import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
@@ -14,11 +13,11 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import av
 import numpy as np
 from numpy.typing import NDArray
 
-from aurora.data.tinyworld.render import frame_masks, frame_times, render_clip, write_mp4
+from aurora.data.tinyworld.dataset import through_h264
+from aurora.data.tinyworld.render import frame_masks, frame_times, render_clip
 from aurora.data.tinyworld.scene import FRAME_TASKS, frame_targets, sample_scene
 
 SUB_CELLS = 16
@@ -104,17 +103,7 @@ def _render_rows(seeds: Sequence[int], split: str, num_frames: int, size: int, p
     for seed in seeds:
         scene = sample_scene(seed, split)
         frames = render_clip(scene, num_frames=num_frames, image_size=size)
-        rows["frames"].append(through_mp4(frames) if seed % 2 else frames)
+        rows["frames"].append(through_h264(frames) if seed % 2 else frames)
         rows["targets"].append([[frame_targets(scene, t)[task] for task in FRAME_TASKS] for t in times])
         rows["masks"].append([frame_masks(scene, t, size, patch) for t in times])
     return {name: np.asarray(values, dtype=np.uint8) for name, values in rows.items()}
-
-
-def through_mp4(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Encode frames (F, H, W, 3) as H.264 and decode them again; same shape, colours as a decoder gives them."""
-    with tempfile.TemporaryDirectory(prefix="aurora-bank-") as folder:
-        path = Path(folder) / "clip.mp4"
-        write_mp4(frames, path)
-        with av.open(str(path)) as container:
-            decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    return np.stack(decoded)

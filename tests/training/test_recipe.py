@@ -11,10 +11,11 @@ import torch
 from hydra import compose, initialize_config_module
 
 from aurora.config import load_config
+from aurora.data.tinyworld.dataset import through_h264
 from aurora.data.tinyworld.scene import sample_scene
 from aurora.modeling import AuroraForConditionalGeneration
 from aurora.processing.processor import AuroraProcessor
-from aurora.training.bank import open_bank, through_mp4
+from aurora.training.bank import open_bank
 from aurora.training.config import Precision, StageConfig, TokenizerConfig, TrainConfig
 from aurora.training.distributed import Launch, World
 from aurora.training.export import pixel_table
@@ -94,7 +95,7 @@ def test_bank_rows_are_the_scenes_of_their_seeds(prepared: TrainConfig) -> None:
 
 def test_mp4_keeps_shape_and_roughly_the_pixels(prepared: TrainConfig) -> None:
     frames = np.asarray(clip_bank(prepared, "train").frames[0])
-    decoded = through_mp4(frames)
+    decoded = through_h264(frames)
     assert decoded.shape == frames.shape
     assert 0 < np.abs(decoded.astype(int) - frames).mean() < 12
 

@@ -195,7 +195,7 @@ def through_codec(frames: Frames, codec: Codec, seed: int) -> Frames:
             quality = int(rng.integers(60, 96))
             return np.stack([_jpeg(frame, quality) for frame in frames])
         case Codec.h264:
-            return _h264(frames, crf=int(rng.integers(16, 25)))
+            return through_h264(frames, crf=int(rng.integers(16, 25)))
 
 
 def _jpeg(frame: Frames, quality: int) -> Frames:
@@ -205,7 +205,8 @@ def _jpeg(frame: Frames, quality: int) -> Frames:
     return np.asarray(Image.open(buffer))
 
 
-def _h264(frames: Frames, crf: int) -> Frames:
+def through_h264(frames: Frames, *, crf: int = 20) -> Frames:
+    """Encode frames (F, H, W, 3) as H.264 and decode them again; same shape, colours as a decoder gives them."""
     import av
 
     buffer = io.BytesIO()
