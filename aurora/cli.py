@@ -30,7 +30,9 @@ VERBS = {
     "visualize": ("aurora.visualization.visualize", "draw which patches of an image or a video merged"),
     "evaluate": ("aurora.evaluation.run", "score a checkpoint on TinyVDC at several kept ratios"),
     "train": ("aurora.training.tiny", "train a model by a recipe, such as experiment=aurora_tiny"),
+    "benchmark": ("aurora.benchmark.run", "time kernels, the encoder or decoding against their alternatives"),
     "convert": ("aurora.conversion", "write a checkpoint in another layout"),
+    "prepare": ("aurora.data.prepare", "check a dataset of conversations and tokenise it for training"),
     "tinyworld": ("aurora.data.tinyworld.command", "render clips of the synthetic world with captions and questions"),
 }
 
@@ -193,7 +195,8 @@ def _with_quotes(arguments: Iterable[str], schema: type | None) -> list[str]:
 
 def _is_text(setting: Setting, value: str) -> bool:
     """Whether a value of this key is free text; `null` stays null where the key may be empty."""
-    options = typing.get_args(setting.type) or (setting.type,)
+    is_list = typing.get_origin(setting.type) is list
+    options = () if is_list else typing.get_args(setting.type) or (setting.type,)
     return str in options and not (value == "null" and type(None) in options)
 
 

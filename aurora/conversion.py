@@ -14,6 +14,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 
 from aurora.checkpoint.convert import Conversion, convert
 from aurora.checkpoint.layouts import ALL_LAYOUTS, get_layout
+from aurora.checkpoint.quantization import Int8Config
 from aurora.checkpoint.store import parse_size
 from aurora.config import load_config, register_schema
 
@@ -26,6 +27,14 @@ class StoredDtype(Enum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"
+
+
+class Quantize(Enum):
+    """Quantisation of the stored weights."""
+
+    none = "none"
+    """As they are in the source."""
+    int8 = "int8"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +53,8 @@ class ConvertConfig:
     """Type of the stored weights: keep, float32, float16, bfloat16."""
     max_shard_size: str = "5GB"
     """Split the weights into files of at most this size."""
+    quantize: Quantize = Quantize.none
+    """Store the language model's linear layers in int8, with one scale per row: none, int8."""
     overwrite: bool = False
     """Write into a folder that is not empty."""
     seed: int = 0
@@ -84,6 +95,7 @@ def run_conversion(config: ConvertConfig) -> Conversion:
             dtype=dtypes[config.dtype],
             max_shard_size=config.max_shard_size,
             overwrite=config.overwrite,
+            quantization=Int8Config() if config.quantize is Quantize.int8 else None,
             seed=config.seed,
             on_start=lambda num_bytes: progress.update(task, total=num_bytes),
             on_written=lambda num_bytes: progress.advance(task, num_bytes),

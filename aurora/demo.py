@@ -131,7 +131,7 @@ def caption_clip(
             Result(
                 ratio=ratio,
                 counts=made.visual_token_counts[0],
-                patches=sum(plan.num_patches for plan in made.plans),
+                patches=sum(plan.num_patches for plan in made.plans[0]),
                 seconds=made.seconds,
                 caption=caption,
                 facts_right=sum(stated.get(slot) == facts[slot] for slot in REQUIRED[Category.detailed]),

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before Triton loads: kernels run on the CPU
 
 
 @pytest.fixture(scope="session")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import av
@@ -16,13 +18,15 @@ import torch
 from PIL import Image
 
 import aurora
-from aurora import cli
-from aurora.captioning import CaptionConfig, caption, find_inputs
+from aurora import captioning, cli
+from aurora.captioning import CaptionConfig, Captioner, caption
 from aurora.model.llama import LlamaConfig
 from aurora.model.vision import VisionConfig
 from aurora.processing.image import ImageConfig
+from aurora.processing.inputs import find_inputs
 from aurora.processing.text import Tokenizer
 from aurora.records import JsonLines
+from aurora.runtime import Dtype
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,12 +143,23 @@ def test_a_folder_reports_the_bad_files_and_goes_on(tiny_model, media, tmp_path,
     cli.main(command(tiny_model, f"visual_input={media}", f"output={output}"))
     rows = rows_of(output)
     assert [Path(row["file"]).name for row in rows] == ["a, b=1.mp4", "c [1].png", "short.mp4", "text.mp4"]
-    assert ["error" in row for row in rows] == [False, False, True, True]
-    assert "3" in rows[2]["error"]
+    assert ["error" in row for row in rows] == [False, False, False, True]
     assert "text.mp4" in rows[3]["error"]
     errors = capsys.readouterr().err.splitlines()
-    assert errors[-1] == "2 of 4 failed"
-    assert sum("error: " in line for line in errors) == 2
+    assert errors[-1] == "1 of 4 failed"
+    assert sum("error: " in line for line in errors) == 1
+
+
+def test_a_clip_shorter_than_num_frm_gives_all_its_frames_and_says_so(tiny_model, media, tmp_path, capsys):
+    output = tmp_path / "out.jsonl"
+    for visual_input in (media / "short.mp4", f"{media}/*"):
+        cli.main(command(tiny_model, f"visual_input={visual_input}", f"output={output}", "overwrite=true"))
+        (row,) = [row for row in rows_of(output) if row["file"].endswith("short.mp4")]
+        assert (row["frames"], row["total_frames"]) == ([0, 1, 2], 3)
+        assert row["note"] == "num_frm=8, but the clip has 3 frames; all are taken"
+        lines = capsys.readouterr().err.splitlines()
+        assert lines.count(f"{media / 'short.mp4'}: {row['note']}") == 1
+    assert sum("note" in row for row in rows_of(output)) == 1  # neither the long clip nor the image
 
 
 def test_when_all_fail_the_run_fails(tiny_model, tmp_path, capsys):
@@ -163,13 +178,14 @@ def test_when_all_fail_the_run_fails(tiny_model, tmp_path, capsys):
         (["visual_input={media}/*.webm"], "no file matches this pattern"),
         (["visual_input="], "visual_input"),
         (["visual_input={media}/text.mp4"], "text.mp4"),
-        (["visual_input={media}/short.mp4"], "short.mp4"),
         (["visual_input={media}/short.mp4", "token_kept_ratio=0"], "token_kept_ratio=0"),
         (["visual_input={media}/short.mp4", "token_kept_ratio=1.5"], "token_kept_ratio=1.5"),
         (["visual_input={media}/short.mp4", "merge.inflection=2"], "merge.inflection=2"),
         (["visual_input={media}/short.mp4", "num_frm=0"], "num_frm=0"),
         (["visual_input={media}/short.mp4", "num_frm=two"], "num_frm=two: want a whole number"),
         (["visual_input={media}/short.mp4", "top_p=0"], "top_p=0"),
+        (["visual_input={media}/short.mp4", "batch_size=0"], "batch_size=0: want auto or a number of at least 1"),
+        (["visual_input={media}/short.mp4", "batch_size=all"], "batch_size=all: want auto or a number of at least 1"),
         (["visual_input={media}/short.mp4", "device=tpu"], "device=tpu"),
         (["visual_input={media}/short.mp4", "dtype=int8"], "dtype=int8: want one of auto, float32, float16, bfloat16"),
         (["visual_input={media}/short.mp4", "slowfast=true"], "did you mean merge.slowfast?"),
@@ -210,6 +226,125 @@ def test_a_rerun_continues_and_mends_a_half_line(tiny_model, media, tmp_path, ca
     assert len(rows_of(output)) == 8
     cli.main(command(tiny_model, *settings, "overwrite=true"))
     assert len(rows_of(output)) == 4
+
+
+def captions_of(tiny_model: Path, media: Path, **settings) -> list[dict]:
+    config = {"num_frm": 12, "max_new_tokens": 8, "dtype": Dtype.float32, "threads": 1, **settings}
+    return caption(CaptionConfig(visual_input=str(media), model_path=str(tiny_model), **config))
+
+
+@pytest.fixture
+def mixed_media(media, tmp_path) -> Path:
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    for number, frames in enumerate((3, 12, 1, 7, 12)):
+        write_clip(folder / f"{number}.mp4", frames)
+    shutil.copy(media / "c [1].png", folder / "2b.png")
+    (folder / "3b.mp4").write_text("not a video")
+    return folder
+
+
+def untimed(rows: list[dict]) -> list[dict]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "seed": 7}], ids=["greedy", "sampled"])
+def test_captions_do_not_depend_on_the_batch_and_keep_their_order(tiny_model, mixed_media, settings):
+    alone = captions_of(tiny_model, mixed_media, batch_size=1, **settings)
+    assert [Path(row["file"]).stem for row in alone] == ["0", "1", "2", "2b", "3", "3b", "4"]
+    assert ["error" in row for row in alone] == [False] * 5 + [True, False]
+    assert len({row.get("caption") for row in alone}) > 3
+    for batch_size in (4, "auto"):
+        assert untimed(captions_of(tiny_model, mixed_media, batch_size=batch_size, **settings)) == untimed(alone)
+    single = captions_of(tiny_model, mixed_media / "1.mp4", **settings)
+    assert untimed(single) == untimed(alone[1:2])
+
+
+def test_a_batch_is_as_large_as_memory_and_the_setting_allow(tiny_model, mixed_media, monkeypatch):
+    sizes: list[int] = []
+    real = Captioner.caption_together
+
+    def together(self, clips, **options):
+        sizes.append(len(clips))
+        return real(self, clips, **options)
+
+    monkeypatch.setattr(Captioner, "caption_together", together)
+    captions_of(tiny_model, mixed_media)
+    assert sizes == [6]
+    sizes.clear()
+    captions_of(tiny_model, mixed_media, batch_size=4)
+    assert sizes == [4, 2]
+    sizes.clear()
+    monkeypatch.setattr("aurora.captioning.available_bytes", lambda device: 1)
+    captions_of(tiny_model, mixed_media)
+    assert sizes == [1] * 6
+    sizes.clear()
+    monkeypatch.setattr("aurora.captioning.available_bytes", lambda device: None)
+    monkeypatch.setattr("aurora.captioning.MAX_AUTO_BATCH", 3)
+    captions_of(tiny_model, mixed_media)
+    assert sizes == [3, 2, 1]
+
+
+def test_one_clip_that_does_not_fit_spoils_no_other(tiny_model, mixed_media):
+    # 12 x 36 visual tokens and the prompt do not fit 512, 7 x 36 do.
+    rows = captions_of(tiny_model, mixed_media, token_kept_ratio=1.0, prompt="Describe the video in detail. " * 6)
+    long = {"1", "4"}
+    assert {Path(row["file"]).stem for row in rows if "error" in row} == long | {"3b"}
+    for row in rows:
+        if Path(row["file"]).stem in long:
+            assert row["error"].startswith(f"{row['file']}: ")
+            assert "leave no room for an answer" in row["error"]
+            assert "visual_token_budget=" in row["error"]
+
+
+def test_the_next_files_are_read_while_a_batch_is_captioned(tiny_model, mixed_media, monkeypatch):
+    events: list[str] = []
+    read, together = Captioner.read, Captioner.caption_together
+
+    def reading(self, path):
+        clip = read(self, path)
+        events.append(f"read {path.stem}")
+        return clip
+
+    def captioning(self, clips, **options):
+        deadline = time.monotonic() + 20
+        while "4" not in self.expected and time.monotonic() < deadline:
+            if f"read {self.expected[0]}" in events:
+                break
+            time.sleep(0.01)
+        events.append(f"captioned {clips[-1].path.stem}")
+        return together(self, clips, **options)
+
+    monkeypatch.setattr(Captioner, "read", reading)
+    monkeypatch.setattr(Captioner, "caption_together", captioning)
+    monkeypatch.setattr(Captioner, "expected", ["2"], raising=False)  # read ahead of the first batch's end
+    captions_of(tiny_model, mixed_media, batch_size=1)
+    assert events.index("read 2") < events.index("captioned 0")
+    assert events.index("captioned 0") < events.index("read 3")  # but no further: memory is bounded
+
+
+def test_a_single_caption_is_printed_while_it_is_written(tiny_model, media, capsys, monkeypatch):
+    pieces: list[str] = []
+    real = captioning._Typewriter.put
+    monkeypatch.setattr(
+        captioning._Typewriter, "put", lambda self, row, text: (pieces.append(text), real(self, row, text))
+    )
+    arguments = command(tiny_model, f"visual_input={media / 'a, b=1.mp4'}", "max_new_tokens=12")
+    cli.main(arguments)
+    streamed = capsys.readouterr().out
+    assert len(pieces) > 1
+    cli.main([*arguments, "stream=false"])
+    assert capsys.readouterr().out == streamed
+
+
+def test_a_caption_ends_before_a_stop_string(tiny_model, media, capsys):
+    arguments = command(tiny_model, f"visual_input={media / 'a, b=1.mp4'}", "max_new_tokens=12", "dtype=float32")
+    cli.main(arguments)
+    whole = capsys.readouterr().out.strip()
+    stop = whole[len(whole) // 2]
+    for more in ([], ["stream=false"]):
+        cli.main([*arguments, f"stop=['{stop}']", *more])
+        assert capsys.readouterr().out.strip() == whole[: whole.index(stop)].strip()
 
 
 def test_a_finished_run_loads_no_model(media, tiny_model, tmp_path, capsys):

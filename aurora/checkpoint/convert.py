@@ -21,10 +21,12 @@ from aurora.checkpoint.keys import Layout
 from aurora.checkpoint.layouts import ALL_LAYOUTS, config_folders, get_layout
 from aurora.checkpoint.lazy import LazyTensor, lazy, total_bytes
 from aurora.checkpoint.pretrained import resolve_checkpoint
+from aurora.checkpoint.quantization import Int8Config, QuantizationConfig, agree
+from aurora.checkpoint.quantize import check_skipped, quantize_lazily, stored_tensors
 from aurora.checkpoint.reading import Checkpoint, open_checkpoint
 from aurora.checkpoint.side_files import add_tokens, copy_text_files, remove_tokens, write_preprocessor
 from aurora.checkpoint.store import DEFAULT_SHARD_SIZE, CheckpointError, JsonDict, atomic_folder, parse_size
-from aurora.checkpoint.writing import write_checkpoint
+from aurora.checkpoint.writing import check_storable, write_checkpoint
 from aurora.model.captioner import AuroraConfig
 from aurora.model.projector import Projector
 
@@ -64,6 +66,10 @@ class _Source(NamedTuple):
     vision_configs: dict[str, JsonDict]
     rows_dropped: int
     new_projector: bool
+    quantization: QuantizationConfig | None
+    """How the language model is stored."""
+    uncast: frozenset[str]
+    """Tensors of quantised layers."""
 
 
 def convert(
@@ -75,6 +81,7 @@ def convert(
     dtype: torch.dtype | None = None,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     overwrite: bool = False,
+    quantization: Int8Config | None = None,
     seed: int = 0,
     on_start: Callable[[int], None] = lambda num_bytes: None,
     on_written: Callable[[int], None] = lambda num_bytes: None,
@@ -90,6 +97,8 @@ def convert(
         dtype: Of the weights; None keeps the dtype of each tensor.
         max_shard_size: Split weights beyond this, bytes or a text such as "5GB".
         overwrite: Write into a folder that is not empty.
+        quantization: Store the language model's linear layers in int8; None stores them as they are. A source that is
+            stored quantised stays so.
         seed: Of a new projector.
         on_start: Called with the bytes to write.
         on_written: Called with the bytes of each tensor once it is written.
@@ -98,7 +107,7 @@ def convert(
         What was done.
 
     Raises:
-        ValueError: for an unknown layout or size.
+        ValueError: for an unknown layout or size, or if the source is stored in another kind of quantisation.
         CheckpointError: if the source cannot be read, lacks a part, or the target cannot be written.
     """
     target = get_layout(layout, among=ALL_LAYOUTS)
@@ -107,15 +116,17 @@ def convert(
     with ExitStack() as stack:
         source = _open_source(stack, model_path, vision_path, target, seed)
         _check_output(folder, [source.text_folder, source.vision_folder], overwrite=overwrite)
-        tensors = {name: tensor.cast(dtype) for name, tensor in source.tensors.items() if name.startswith(target.holds)}
-        dropped = [name for name in source.tensors if name not in tensors]
+        settled = agree(quantization, source.quantization) if "language_model." in target.holds else None
+        check_storable(target, settled)
+        tensors = _tensors_to_write(source, target, dtype, quantization)
+        dropped = [name for name in source.tensors if not name.startswith(target.holds)]
         num_bytes = total_bytes(tensors.values())
         _check_space(folder, num_bytes)
         on_start(num_bytes)
         with atomic_folder(folder, owned=config_folders()) as stage:
             aspect = _aspect_ratio(source.vision_configs)
             write_checkpoint(
-                stage, target, source.config, tensors,
+                stage, target, source.config, tensors, quantization=settled,
                 max_shard_size=max_shard_size, image_aspect_ratio=aspect, on_written=on_written,
             )  # fmt: skip
             _write_side_files(stage, source, target)
@@ -157,7 +168,27 @@ def _open_source(
         vision_configs=dict(vision.configs),
         rows_dropped=main.layout.rows_added(main.configs),
         new_projector=new_projector,
+        quantization=main.quantization,
+        uncast=main.uncast,
     )
+
+
+def _tensors_to_write(
+    source: _Source, target: Layout, dtype: torch.dtype | None, quantization: Int8Config | None
+) -> dict[str, LazyTensor]:
+    """What the target holds, cast and quantised as asked; a weight is quantised from what the file holds."""
+    text = source.config.text
+    if quantization is not None and source.quantization is None and "language_model." in target.holds:
+        check_skipped(text, quantization)
+        plain = {name: tensor.cast(dtype) for name, tensor in source.tensors.items()}
+        replaced = quantize_lazily(source.tensors, text, quantization)
+        new = stored_tensors(text, quantization)
+        cast = {name: tensor if name in new else plain[name] for name, tensor in replaced.items()}
+    else:
+        cast = {
+            name: tensor if name in source.uncast else tensor.cast(dtype) for name, tensor in source.tensors.items()
+        }
+    return {name: tensor for name, tensor in cast.items() if name.startswith(target.holds)}
 
 
 def _open(stack: ExitStack, path: str | Path, tower: Checkpoint | None = None) -> Checkpoint:

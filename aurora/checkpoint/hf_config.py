@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from aurora.checkpoint.store import CheckpointError, JsonDict
 from aurora.model.captioner import IGNORE_INDEX, AuroraConfig
 from aurora.model.llama import LlamaConfig, RopeScaling
-from aurora.model.merge import MergeConfig, Schedule, SizeBias
+from aurora.model.merge import MERGE_CHOICES, MergeConfig
 from aurora.model.projector import ProjectorConfig
 from aurora.model.vision import Activation, VisionConfig
 
@@ -81,7 +81,8 @@ _BOOKKEEPING = words(
     forced_bos_token_id forced_eos_token_id id2label initializer_factor initializer_range is_decoder
     is_encoder_decoder label2id length_penalty max_length min_length model_type no_repeat_ngram_size num_beam_groups
     num_beams num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
-    pretraining_tp problem_type projection_dim pruned_heads remove_invalid_values repetition_penalty return_dict
+    pretraining_tp problem_type projection_dim pruned_heads quantization_config remove_invalid_values
+    repetition_penalty return_dict
     return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
     tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p
     unsloth_version use_bfloat16 use_cache
@@ -375,7 +376,7 @@ def read_shared(root: JsonDict, *, default_select: str) -> dict[str, Any]:
     if not isinstance(merge, dict) or not set(merge) <= names:
         raise CheckpointError(f"config.json: merge={merge!r}: want an object with some of {', '.join(sorted(names))}")
     wish = dict(merge)
-    for key, kind in (("schedule", Schedule), ("size_bias", SizeBias)):
+    for key, kind in MERGE_CHOICES.items():
         if key in wish:
             wish[key] = choice(kind, wish, key, "", "config.json: merge")
     for key, kinds in _MERGE_TYPES.items():

@@ -34,14 +34,15 @@ LLAMA_KEYS: KeyPairs = (
     ("model.embed_tokens.weight", "embed_tokens.weight"),
     ("model.layers.{i}.{p}", "layers.{i}.{p}"),
     ("model.norm.weight", "norm.weight"),
-    ("lm_head.weight", "lm_head.weight"),
+    ("lm_head.{p}", "lm_head.{p}"),
 )
 HF_PROJECTOR_KEYS: KeyPairs = (("linear_1.{p}", "linear_1.{p}"), ("linear_2.{p}", "linear_2.{p}"))
 XTUNER_PROJECTOR_KEYS: KeyPairs = (("model.0.{p}", "linear_1.{p}"), ("model.2.{p}", "linear_2.{p}"))
 
-# Buffers that older exports carry (both are computed here), and SigLIP's pooling head behind the tower.
+# Buffers that older exports carry (both are computed here), SigLIP's pooling head behind the tower, and a constant that
+# bitsandbytes puts beside every 8-bit weight.
 IGNORED_CLIP = ("embeddings.position_ids", "head.{p}")
-IGNORED_LLAMA = ("model.layers.{i}.self_attn.rotary_emb.inv_freq",)
+IGNORED_LLAMA = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.layers.{i}.{p}.weight_format")
 VOCABULARY_KEYS = ("language_model.embed_tokens.weight", "language_model.lm_head.weight")
 """Our tensors with one row for each token id."""
 _PLACEHOLDERS = {"i": r"\d+", "p": r"[\w.]+"}

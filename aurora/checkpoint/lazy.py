@@ -171,7 +171,11 @@ def write_lazy(
 
 
 def _write_file(path: Path, tensors: Mapping[str, LazyTensor], on_written: Callable[[int], None]) -> None:
-    """One safetensors file: length of the header, header, then the tensors, widest dtype first so that all align."""
+    """One safetensors file: length of the header, header, then the tensors, widest dtype first so that all align.
+
+    The first begins at a multiple of 64 bytes, and with the widths of real models so does every other: kernels want
+    that of a weight that is mapped from the file.
+    """
     order = sorted(tensors, key=lambda name: -tensors[name].dtype.itemsize)
     header: JsonDict = {"__metadata__": {"format": "pt"}}
     offset = 0
@@ -181,7 +185,7 @@ def _write_file(path: Path, tensors: Mapping[str, LazyTensor], on_written: Calla
         header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(len(text) + 8) % 64)
     try:
         with path.open("wb") as out:
             out.write(len(text).to_bytes(8, "little"))

@@ -1,7 +1,8 @@
 """Load a whole model from a checkpoint folder, whatever its layout, and save one.
 
-Loading builds the model without memory (meta device) and assigns one tensor after the other, mapped from the file or
-cast on the way, so the peak is one model plus one tensor. It is strict: every difference is listed.
+Loading builds the model without memory (meta device) and assigns one tensor after the other, mapped from the file,
+cast or quantised on the way, so the peak is one model, as it will be, plus one tensor. It is strict: every difference
+is listed.
 """
 
 from __future__ import annotations
@@ -13,12 +14,33 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from aurora.checkpoint.bnb import check_installed
 from aurora.checkpoint.gguf import load_llama
 from aurora.checkpoint.keys import Layout
 from aurora.checkpoint.layouts import config_folders, get_layout
-from aurora.checkpoint.lazy import lazy
+from aurora.checkpoint.lazy import LazyTensor, lazy
+from aurora.checkpoint.quantization import (
+    BitsAndBytesConfig,
+    QuantizationConfig,
+    agree,
+    as_quantization,
+    computing_in,
+)
+from aurora.checkpoint.quantize import (
+    PREFIX,
+    build_linear,
+    check_skipped,
+    find_quantization,
+    quantize_model,
+    quantize_weight,
+    quantized_linears,
+    replace_linear,
+    source_of,
+    storable,
+    stored_form,
+)
 from aurora.checkpoint.reading import Checkpoint, open_checkpoint, recognise_folder
 from aurora.checkpoint.store import (
     DEFAULT_SHARD_SIZE,
@@ -28,7 +50,8 @@ from aurora.checkpoint.store import (
     parse_size,
     refuse_pickle,
 )
-from aurora.checkpoint.writing import write_checkpoint
+from aurora.checkpoint.writing import check_storable, write_checkpoint
+from aurora.model.attention_backends import check_backend
 from aurora.model.captioner import AuroraConfig, AuroraModel
 from aurora.model.llama import Llama
 from aurora.model.vision import VisionTower
@@ -105,21 +128,27 @@ def load_pretrained(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     attn_implementation: str = "auto",
+    quantization: object | None = None,
 ) -> Loaded:
     """Load a checkpoint and what it says about itself.
 
     Args:
         path: Checkpoint folder or hub id.
-        dtype: Of the floating tensors; "auto" is the recorded or stored one, None is float32.
+        dtype: Of the floating tensors; "auto" is the recorded or stored one. None is float32, and for a quantised
+            model "auto".
         device: Where to put them.
-        attn_implementation: auto, eager or sdpa.
+        attn_implementation: One of `BACKENDS`; whether it can run is checked before the weights are read.
+        quantization: Quantise the language model on the way in: whatever `as_quantization` understands. A checkpoint
+            that is stored quantised needs none.
 
     Returns:
         Model in evaluation mode, and its layout.
 
     Raises:
         CheckpointError: if files are missing, unreadable, or do not hold exactly this model.
+        ValueError: if it cannot be quantised so, a package is missing, or the attention backend cannot run.
     """
+    wanted = as_quantization(quantization)
     with open_checkpoint(resolve_checkpoint(path)) as found:
         if not found.layout.is_whole:
             held = " and ".join(prefix.rstrip(".") for prefix in found.layout.holds)
@@ -130,10 +159,20 @@ def load_pretrained(
         found.config.attn_implementation = attn_implementation
         with torch.device("meta"):
             model = AuroraModel(found.config)
-        state = _read_state(found, dtype, device)
-    model.load_state_dict(state, assign=True)
+        settled = agree(wanted, found.quantization)
+        check_installed(settled)
+        _check_attention(found.config, torch.device(device), _target_dtype(found, dtype, settled))
+        _fill(model, found, dtype, device, quantization=settled)
     aspect = found.configs[""].get("image_aspect_ratio")
     return Loaded(model.eval(), found.layout.name, aspect if isinstance(aspect, str) else None)
+
+
+def _check_attention(config: AuroraConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse an attention backend that will not run, before the weights are read."""
+    # A model that is loaded on the CPU may be on its way to a GPU.
+    place = torch.device("cuda") if device.type == "cpu" and torch.cuda.is_available() else device
+    for head_dim in {config.text.head_dim, config.vision.head_dim}:
+        check_backend(config.attn_implementation, device=place, dtype=dtype, head_dim=head_dim)
 
 
 def load_vision_tower(
@@ -155,56 +194,123 @@ def load_vision_tower(
     with open_checkpoint(resolve_checkpoint(path)) as found:
         with torch.device("meta"):
             tower = VisionTower(found.config.vision)
-        state = _read_state(found, dtype, device, "vision_tower.")
-    tower.load_state_dict(state, assign=True)
+        _fill(tower, found, dtype, device, "vision_tower.")
     return tower.eval()
 
 
 def load_language_model(
-    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    quantization: object | None = None,
 ) -> Llama:
     """Load the language model of any checkpoint that holds one: a captioner, a Llama alone, or a GGUF file.
 
     Args:
         path: Checkpoint folder, hub id, or `.gguf` file.
-        dtype: Of the floating tensors; "auto" is the stored one, None is float32.
+        dtype: Of the floating tensors; "auto" is the stored one. None is float32, and for a quantised model "auto".
         device: Where to put them.
+        quantization: Quantise it on the way in: whatever `as_quantization` understands.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
         CheckpointError: if there is no language model, or it cannot be read.
+        ValueError: if it cannot be quantised so, or a package is missing.
     """
+    wanted = as_quantization(quantization)
     if Path(path).suffix == ".gguf":
-        return load_llama(path, dtype=dtype, device=device)
+        llama = load_llama(path, dtype=dtype, device=device)
+        if wanted is not None:
+            quantize_model(llama, wanted)
+        return llama
     with open_checkpoint(resolve_checkpoint(path)) as found:
         with torch.device("meta"):
             model = Llama(found.config.text)
-        state = _read_state(found, dtype, device, "language_model.")
-    model.load_state_dict(state, assign=True)
+        _fill(model, found, dtype, device, PREFIX, agree(wanted, found.quantization))
     return model.eval()
 
 
-def _read_state(
-    found: Checkpoint, dtype: torch.dtype | str | None, device: torch.device | str, prefix: str = ""
-) -> dict[str, Tensor]:
-    """Read the tensors below a prefix; each is a private map of its file unless it is cast, moved or merged."""
+def _fill(
+    model: nn.Module,
+    found: Checkpoint,
+    dtype: torch.dtype | str | None,
+    device: torch.device | str,
+    prefix: str = "",
+    quantization: QuantizationConfig | None = None,
+) -> None:
+    """Give a model without memory the tensors below a prefix, in place."""
     chosen = {name: tensor for name, tensor in found.tensors.items() if name.startswith(prefix)}
     if not chosen:
         raise CheckpointError(f"{found.root}: layout {found.layout.name} holds no {prefix.rstrip('.')}")
-    target = _resolve_dtype(dtype, found.configs.get("", {}), next(iter(chosen.values())).dtype)
-    return {
-        name.removeprefix(prefix): tensor.cast(target).mapped().to(device).contiguous()
-        for name, tensor in chosen.items()
-    }
+    target = _target_dtype(found, dtype, quantization, chosen)
+    if quantization is not None:
+        chosen = _fill_linears(model, found, chosen, target, device, quantization)
+    state = {name.removeprefix(prefix): _load(tensor.cast(target), device) for name, tensor in chosen.items()}
+    missing, unexpected = model.load_state_dict(state, assign=True, strict=quantization is None)
+    replaced = tuple(name.removeprefix(prefix) for name in quantized_linears(found.config.text, quantization))
+    assert not unexpected, unexpected
+    assert all(key.startswith(replaced) for key in missing), missing
+
+
+def _fill_linears(
+    model: nn.Module,
+    found: Checkpoint,
+    tensors: dict[str, LazyTensor],
+    target: torch.dtype,
+    device: torch.device | str,
+    quantization: QuantizationConfig,
+) -> dict[str, LazyTensor]:
+    """Put quantised layers into a model, one weight in full at a time; returns the tensors that are left to load."""
+    llama = model if isinstance(model, Llama) else model.get_submodule(PREFIX.rstrip("."))
+    assert isinstance(llama, Llama)
+    text, used = found.config.text, set()
+    quantization = computing_in(quantization, target)
+    if found.quantization is None:
+        check_skipped(text, quantization)
+    for name, shape in quantized_linears(text, quantization).items():
+        if found.quantization is not None:
+            keys = [f"{name}.{key}" for key in stored_form(quantization, shape)]
+            stored = {key.removeprefix(f"{name}."): _load(tensors[key], device) for key in keys}
+            used.update(keys)
+        else:
+            weight = tensors[source_of(name, text)]
+            # bitsandbytes computes in the dtype it is given; ours rounds what the file holds.
+            in_full = weight.cast(target) if isinstance(quantization, BitsAndBytesConfig) else weight
+            stored = quantize_weight(quantization, in_full.read().to(device))
+            used.add(f"{name}.weight")
+        replace_linear(llama, name, build_linear(quantization, shape, stored))
+    return {name: tensor for name, tensor in tensors.items() if name not in used}
+
+
+def _load(tensor: LazyTensor, device: torch.device | str) -> Tensor:
+    """A private map of the tensor's file, unless it is cast, moved or merged."""
+    return tensor.mapped().to(device).contiguous()
+
+
+def _target_dtype(
+    found: Checkpoint,
+    dtype: torch.dtype | str | None,
+    quantization: QuantizationConfig | None,
+    tensors: Mapping[str, LazyTensor] | None = None,
+) -> torch.dtype:
+    """Dtype of the tensors that are not quantised."""
+    uncast = found.uncast
+    plain = [tensor.dtype for name, tensor in (tensors or found.tensors).items() if name not in uncast]
+    # Who quantises wants a small model: the rest is not to be widened.
+    asked = "auto" if dtype is None and quantization is not None else dtype
+    return _resolve_dtype(asked, found.configs.get("", {}), next(iter(plain)))
 
 
 def load_model(
-    path: str | Path, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+    path: str | Path,
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    quantization: object | None = None,
 ) -> AuroraModel:
     """Load the model of a checkpoint folder or hub id; see `load_pretrained`."""
-    return load_pretrained(path, dtype=dtype, device=device).model
+    return load_pretrained(path, dtype=dtype, device=device, quantization=quantization).model
 
 
 def save_model(
@@ -226,11 +332,15 @@ def save_model(
 
     Raises:
         ValueError: for an unknown layout or size.
-        CheckpointError: if the disk refuses.
+        CheckpointError: if the layout cannot store quantised weights and these are, or the disk refuses.
     """
     kind = get_layout(layout)
     parse_size(max_shard_size)
-    tensors = {name: lazy(tensor, file=Path(path), key=name) for name, tensor in model.state_dict().items()}
+    quantization = find_quantization(model)
+    check_storable(kind, quantization)
+    tensors = {
+        name: lazy(tensor, file=Path(path), key=name) for name, tensor in model.state_dict().items() if storable(name)
+    }
     with atomic_folder(Path(path), owned=config_folders()) as stage:
         write_checkpoint(
             stage,
@@ -239,6 +349,7 @@ def save_model(
             tensors,
             max_shard_size=max_shard_size,
             image_aspect_ratio=image_aspect_ratio,
+            quantization=quantization,
         )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from aurora.checkpoint.lazy import LazyTensor
 from aurora.checkpoint.lora import ADAPTER_FOLDERS, base_of, merge_adapter, pair_factors
 from aurora.checkpoint.pickles import PICKLE_SUFFIXES, PickleFiles, find_pickles, split_training_state
 from aurora.checkpoint.public_config import public_config
+from aurora.checkpoint.quantization import QuantizationConfig, stored_quantization
+from aurora.checkpoint.quantize import quantized_linears, source_of, stored_tensors
 from aurora.checkpoint.store import (
     CheckpointError,
     JsonDict,
@@ -86,6 +88,13 @@ class Checkpoint:
     """Our name -> tensor; all that the layout stores, and nothing else."""
     left_out: list[str] = field(default_factory=list)
     """Foreign names of tensors that a captioner has no use for."""
+    quantization: QuantizationConfig | None = None
+    """How the language model's weights are stored; None where they are not quantised."""
+
+    @property
+    def uncast(self) -> frozenset[str]:
+        """Our names of tensors that keep their dtype: those of quantised layers."""
+        return frozenset(stored_tensors(self.config.text, self.quantization))
 
 
 def find_parts(root: Path) -> Places:
@@ -172,12 +181,16 @@ def open_checkpoint(
         CheckpointError: if files are missing, unreadable, or do not hold exactly what the configuration says.
     """
     layout, config, configs, places = recognise_folder(root, other_tower=other_tower)
+    quantization = _stored_quantization(root, configs)
     with ExitStack() as stack:
         weights = _open_parts(stack, layout, places, pickles=pickles)
         rows = layout.rows_added(configs)
         elsewhere = "" if other_tower is None else "vision_tower."
-        tensors, left_out = _match(root, layout, weights, _wanted(config, layout, rows), config, elsewhere)
+        wanted = _wanted(config, layout, rows, quantization)
+        tensors, left_out = _match(root, layout, weights, wanted, config, elsewhere)
         for folder, adapter_folder in places.adapters.items():
+            if quantization is not None:
+                raise CheckpointError(f"{adapter_folder}: its base is stored as {quantization.kind}, want a plain one")
             part = next((part for part in layout.parts if part.folder == folder), None)
             if part is None:
                 raise CheckpointError(f"{adapter_folder}: layout {layout.name} has no part that it belongs to")
@@ -188,8 +201,21 @@ def open_checkpoint(
             if rows and key in tensors:
                 tensors[key] = tensors[key].rows(0, config.text.vocab_size)
         yield Checkpoint(
-            root=root, layout=layout, config=config, configs=configs, tensors=tensors, left_out=sorted(left_out)
+            root=root,
+            layout=layout,
+            config=config,
+            configs=configs,
+            tensors=tensors,
+            left_out=sorted(left_out),
+            quantization=quantization,
         )
+
+
+def _stored_quantization(root: Path, configs: Mapping[str, JsonDict]) -> QuantizationConfig | None:
+    try:
+        return stored_quantization(configs.get("", {}))
+    except CheckpointError as error:
+        raise CheckpointError(f"{root}/{error}") from error
 
 
 def _open_parts(stack: ExitStack, layout: Layout, places: Places, *, pickles: bool) -> dict[str, TensorFiles]:
@@ -225,15 +251,42 @@ def _describe(files: TensorFiles, key: str) -> LazyTensor:
     )
 
 
-def _wanted(config: AuroraConfig, layout: Layout, rows: int) -> dict[str, tuple[int, ...]]:
-    """Our name -> shape of what the layout stores, added vocabulary rows included."""
+class _Want(NamedTuple):
+    shape: tuple[int, ...]
+    """-1 where any length will do."""
+    dtype: torch.dtype | None = None
+    """None: any floating one."""
+
+    def problem(self, found: LazyTensor) -> tuple[str, str] | None:
+        """What is wrong with a tensor, and what was found and wanted."""
+        if len(found.shape) != len(self.shape) or any(
+            want not in (-1, size) for size, want in zip(found.shape, self.shape, strict=True)
+        ):
+            return "misshapen", f"got {_shape(found.shape)}, want {_shape(self.shape)}"
+        if self.dtype is None and not found.dtype.is_floating_point:
+            return "wrong dtype", f"got {found.dtype}, want a floating one"
+        if self.dtype is not None and found.dtype != self.dtype:
+            return "wrong dtype", f"got {found.dtype}, want {self.dtype}"
+        return None
+
+
+def _wanted(
+    config: AuroraConfig, layout: Layout, rows: int, quantization: QuantizationConfig | None
+) -> dict[str, _Want]:
+    """Our name -> what the layout stores, added vocabulary rows included."""
     with torch.device("meta"):
         state = AuroraModel(config).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if name.startswith(layout.holds)}
+    wanted = {name: _Want(tuple(tensor.shape)) for name, tensor in state.items() if name.startswith(layout.holds)}
     for key in VOCABULARY_KEYS:
-        if key in shapes:
-            shapes[key] = (shapes[key][0] + rows, *shapes[key][1:])
-    return shapes
+        if key in wanted:
+            wanted[key] = _Want((wanted[key].shape[0] + rows, *wanted[key].shape[1:]))
+    if "language_model." in layout.holds:
+        for name in quantized_linears(config.text, quantization):
+            if source_of(name, config.text) == f"{name}.weight":
+                del wanted[f"{name}.weight"]
+        stored = stored_tensors(config.text, quantization)
+        wanted |= {name: _Want(tensor.shape, tensor.dtype) for name, tensor in stored.items()}
+    return wanted
 
 
 _Row = tuple[str, str, str, str]
@@ -244,7 +297,7 @@ def _match(
     root: Path,
     layout: Layout,
     weights: Mapping[str, TensorFiles],
-    wanted: Mapping[str, tuple[int, ...]],
+    wanted: Mapping[str, _Want],
     config: AuroraConfig,
     elsewhere: str,
 ) -> tuple[dict[str, LazyTensor], list[str]]:
@@ -252,7 +305,7 @@ def _match(
 
     Tensors whose names begin with `elsewhere` are left out.
     """
-    wanted = {name: shape for name, shape in wanted.items() if not (elsewhere and name.startswith(elsewhere))}
+    wanted = {name: want for name, want in wanted.items() if not (elsewhere and name.startswith(elsewhere))}
     candidates: dict[str, list[LazyTensor]] = {}
     aliases: dict[str, list[LazyTensor]] = {}
     rows: list[_Row] = []
@@ -274,30 +327,27 @@ def _match(
             elif names != ("language_model.lm_head.weight",) or not config.text.tie_word_embeddings:
                 rows.append(("unexpected", _short(tensor.file, root), key, f"got {_shape(tensor.shape)}"))
     chosen: dict[str, LazyTensor] = {}
-    for name, shape in wanted.items():
+    for name, want in wanted.items():
         proper = candidates.get(name, [])
         rows += [("twice", _short(more.file, root), more.key, f"as {proper[0].key}, too") for more in proper[1:]]
-        found = _choose(proper + aliases.get(name, []), shape)
+        found = _choose(proper + aliases.get(name, []), want.shape)
         if found is None:
             part, key = layout.place(name)
-            rows.append(("missing", part.folder or ".", key, f"want {_shape(shape)}"))
+            rows.append(("missing", part.folder or ".", key, f"want {_shape(want.shape)}"))
             continue
         chosen[name] = found
-        where = (_short(found.file, root), found.key)
-        if found.shape != shape:
-            rows.append(("misshapen", *where, f"got {_shape(found.shape)}, want {_shape(shape)}"))
-        elif not found.dtype.is_floating_point:
-            rows.append(("wrong dtype", *where, f"got {found.dtype}, want a floating one"))
+        if (problem := want.problem(found)) is not None:
+            rows.append((problem[0], _short(found.file, root), found.key, problem[1]))
     if rows:
         raise CheckpointError(_table(root, layout, list(dict.fromkeys(rows))))
     return chosen, left_out
 
 
 def _pieces(
-    tensor: LazyTensor, names: tuple[str | None, ...], wanted: Mapping[str, tuple[int, ...]]
+    tensor: LazyTensor, names: tuple[str | None, ...], wanted: Mapping[str, _Want]
 ) -> Iterator[tuple[str, LazyTensor]]:
     """One of our tensors, or the several that a fused one holds."""
-    shape = wanted.get(str(names[0]), ())
+    shape = wanted[str(names[0])].shape
     padding = len(tensor.shape) - len(shape)
     if names[0] in _FLAT and padding > 0 and tensor.shape == (1,) * padding + shape:
         tensor = tensor.reshape(shape)

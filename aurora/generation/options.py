@@ -3,39 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import Any, TypedDict, TypeVar, cast, get_type_hints
 
 from aurora.generation.sampling import SamplingConfig
-from aurora.model.merge import MergeConfig, Schedule, SizeBias
+from aurora.model.merge import MERGE_CHOICES, MergeConfig, Schedule, SizeBias, TextPositions, TextSizeBias
 
 E = TypeVar("E", bound=Enum)
 
 
 class MergeOptions(TypedDict, total=False):
-    """Fields of `MergeConfig`; absent or None means the default of the model."""
+    """Fields of `MergeConfig`; absent or None means the default of the model. A list has a value for each clip."""
 
-    token_kept_ratio: float | None
-    visual_token_budget: int | None
-    slowfast: bool | None
-    schedule: Schedule | str | None
-    inflection: float | None
-    r: list[int] | None
-    size_bias: SizeBias | str | None
+    token_kept_ratio: float | Sequence[float | None] | None
+    visual_token_budget: int | Sequence[int | None] | None
+    slowfast: bool | Sequence[bool | None] | None
+    schedule: Schedule | str | Sequence[Schedule | str | None] | None
+    inflection: float | Sequence[float | None] | None
+    r: list[int] | Sequence[list[int] | None] | None
+    size_bias: SizeBias | str | Sequence[SizeBias | str | None] | None
+    text_size_bias: TextSizeBias | str | Sequence[TextSizeBias | str | None] | None
+    text_positions: TextPositions | str | Sequence[TextPositions | str | None] | None
 
 
 class SamplingOptions(TypedDict, total=False):
     """Fields of `SamplingConfig`."""
 
     max_new_tokens: int
+    min_new_tokens: int
     temperature: float
     top_p: float
     top_k: int
+    min_p: float
     repetition_penalty: float
     eos_token_id: int | list[int] | None
+    stop: str | list[str]
     seed: int | list[int] | None
     num_beams: int
+    length_penalty: float
+    early_stopping: bool
 
 
 class GenerateOptions(MergeOptions, SamplingOptions, total=False):
@@ -77,7 +84,7 @@ def merge_for_call(base: MergeConfig, options: MergeOptions) -> MergeConfig:
     """
     _refuse_unknown(options, MergeOptions)
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    for key, kind in (("schedule", Schedule), ("size_bias", SizeBias)):
+    for key, kind in MERGE_CHOICES.items():
         if key in given:
             given[key] = _member(kind, key, given[key])
     if "token_kept_ratio" in given:

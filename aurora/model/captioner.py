@@ -4,22 +4,46 @@ Chai et al., 2024. Shape letters: B rows, F frames, T text positions with placeh
 visual tokens of a frame, C width of the language model, V vocabulary.
 """
 
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from aurora.model.attention import BACKENDS
 from aurora.model.llama import Llama, LlamaConfig
-from aurora.model.merge import MergeConfig, MergePlan, plan_clip
+from aurora.model.merge import MergeConfig, MergePlan, SizeBias, TextPositions, plan_clip
 from aurora.model.projector import Projector, ProjectorConfig
-from aurora.model.vision import VisionConfig, VisionTower, VisionTrace, num_active_layers
+from aurora.model.splice import (
+    IGNORE_INDEX,
+    Spliced,
+    SplicedRow,
+    VisualFeatures,
+    check_placeholders,
+    pad_rows,
+    splice_row,
+)
+from aurora.model.vision import VisionConfig, VisionOutput, VisionTower, VisionTrace, num_active_layers
 
-IGNORE_INDEX = -100
-"""Label of a position that carries no loss."""
+if TYPE_CHECKING:
+    from aurora.model.cache import KVCache
+
+__all__ = [
+    "FRAMES_PER_CHUNK",
+    "IGNORE_INDEX",
+    "AuroraConfig",
+    "AuroraModel",
+    "AuroraOutput",
+    "Spliced",
+    "VisualFeatures",
+    "next_token_loss",
+]
+
 FRAMES_PER_CHUNK = 32
 """Frames that go through the tower at once; bounds its activations."""
 
@@ -57,35 +81,6 @@ class AuroraConfig:
         if self.attn_implementation not in BACKENDS:
             raise ValueError(f"attn_implementation={self.attn_implementation!r}: want one of {', '.join(BACKENDS)}")
         num_active_layers(self.vision, self.feature_layer)
-
-
-class VisualFeatures(NamedTuple):
-    """Projected visual tokens of a batch of clips."""
-
-    frames: list[list[Tensor]]
-    """For each clip, for each frame, (N, C); N is the same for all frames of one plan."""
-    plans: tuple[MergePlan, ...]
-    """Plan of each frame, the same for every clip."""
-    traces: list[tuple[list[tuple[int, int]], VisionTrace]]
-    """With trace=True: (clip, frame) of each row of a trace, and the trace; one entry per tower run."""
-
-    @property
-    def counts(self) -> list[list[int]]:
-        """Visual tokens delivered, per clip and frame."""
-        return [[frame.shape[0] for frame in clip] for clip in self.frames]
-
-
-class Spliced(NamedTuple):
-    """Text with the visual tokens in place of their placeholders."""
-
-    inputs_embeds: Tensor
-    """(B, L, C); padding is zero."""
-    attention_mask: Tensor
-    """True where a token is, (B, L) bool."""
-    position_ids: Tensor
-    """(B, L) int64, counted over tokens alone."""
-    labels: Tensor | None
-    """(B, L) int64; visual tokens and padding are ignored."""
 
 
 class AuroraOutput(NamedTuple):
@@ -136,52 +131,85 @@ class AuroraModel(nn.Module):
             num_active_layers=num_active_layers(self.config.vision, self.config.feature_layer),
         )
 
-    def encode(self, pixel_values: Tensor, *, merge: MergeConfig | None = None, trace: bool = False) -> VisualFeatures:
+    def encode(
+        self,
+        pixel_values: Tensor | Sequence[Tensor | None],
+        *,
+        merge: MergeConfig | Sequence[MergeConfig] | None = None,
+        trace: bool = False,
+    ) -> VisualFeatures:
         """Encode clips into projected visual tokens.
 
+        Frames of the same size and plan go through the tower together, whatever clips they are from.
+
         Args:
-            pixel_values: Normalised frames, (B, F, 3, height, width).
-            merge: How to merge; None is the configuration's.
+            pixel_values: Normalised frames, (B, F, 3, height, width); or one (F, 3, height, width) for each clip, which
+                may then differ in length and size, or None where a row has no clip.
+            merge: How to merge, for all clips or for each; None is the configuration's.
             trace: Also record what merged with what.
 
         Returns:
             The tokens of each frame, merged as planned.
 
         Raises:
-            ValueError: if the shape does not fit, a value is not finite, or the plan is impossible.
+            ValueError: if a shape does not fit, a value is not finite, or a plan is impossible.
         """
-        if pixel_values.ndim != 5:
-            raise ValueError(
-                f"pixel_values: got shape {tuple(pixel_values.shape)}, want (clips, frames, channels, height, width)"
-            )
-        if not torch.isfinite(pixel_values).all():
-            raise ValueError("pixel_values: got NaN or infinite pixels, want finite ones")
-        merge = merge or self.config.merge
-        num_clips, num_frames, _, height, width = pixel_values.shape
-        plans = self.plan(num_frames, height, width, merge)
-        num_dropped = 0 if self.config.feature_select_strategy == "full" else self.config.vision.num_prefix_tokens
-        clips: list[list[Tensor]] = [[] for _ in range(num_clips)]
+        clips = _as_list(pixel_values)
+        merges = _per_clip(merge or self.config.merge, len(clips))
+        plans: list[tuple[MergePlan, ...]] = []
+        groups: dict[tuple[MergePlan, int, int, SizeBias, bool], list[tuple[int, int]]] = {}
+        for index, (clip, wish) in enumerate(zip(clips, merges, strict=True)):
+            if clip is None:
+                plans.append(())
+                continue
+            height, width = clip.shape[2:]
+            plans.append(self.plan(len(clip), height, width, wish))
+            spread = wish.text_positions is TextPositions.original
+            for frame, plan in enumerate(plans[-1]):
+                groups.setdefault((plan, height, width, wish.size_bias, spread), []).append((index, frame))
+        found: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor | None]] = {}
         traces: list[tuple[list[tuple[int, int]], VisionTrace]] = []
-        for plan in dict.fromkeys(plans):  # at most two; the unmerged first frame of slowfast comes first
-            indices = [index for index, other in enumerate(plans) if other == plan]
-            frames = rearrange(pixel_values[:, indices], "b f c h w -> (b f) c h w")
-            rows = [(clip, index) for clip in range(num_clips) for index in indices]
-            features = []
+        for (plan, _, _, size_bias, spread), rows in groups.items():
             for start in range(0, len(rows), FRAMES_PER_CHUNK):
-                chunk = frames[start : start + FRAMES_PER_CHUNK]
-                out = self.vision_tower(
-                    chunk.to(self.vision_tower.patch_embed.weight.dtype),
-                    plan=plan,
-                    feature_layer=self.config.feature_layer,
-                    size_bias=merge.size_bias,
-                    trace=trace,
-                )
-                features.append(self.projector(out.hidden[:, num_dropped:]))  # (frames, N, C)
-                if out.trace is not None:
-                    traces.append((rows[start : start + FRAMES_PER_CHUNK], out.trace))
-            for (clip, _), merged in zip(rows, torch.cat(features), strict=True):
-                clips[clip].append(merged)
-        return VisualFeatures(clips, plans, traces)
+                chunk = rows[start : start + FRAMES_PER_CHUNK]
+                frames = torch.stack([cast(Tensor, clips[clip])[frame] for clip, frame in chunk])
+                out = self._run_tower(frames, plan, size_bias, trace=trace or spread)
+                if trace and out.trace is not None:
+                    traces.append((chunk, out.trace))
+                found |= zip(chunk, self._project(out, spread=spread), strict=True)
+        shape = [range(len(clip_plans)) for clip_plans in plans]
+        return VisualFeatures(
+            frames=[[found[clip, frame][0] for frame in frames] for clip, frames in enumerate(shape)],
+            plans=plans,
+            traces=traces,
+            sizes=[[found[clip, frame][1] for frame in frames] for clip, frames in enumerate(shape)],
+            centres=[
+                [centre for frame in frames if (centre := found[clip, frame][2]) is not None]
+                for clip, frames in enumerate(shape)
+            ],
+            merges=merges,
+        )
+
+    def _run_tower(self, frames: Tensor, plan: MergePlan, size_bias: SizeBias, *, trace: bool) -> VisionOutput:
+        out: VisionOutput = self.vision_tower(
+            frames.to(self.vision_tower.patch_embed.weight.dtype),
+            plan=plan,
+            feature_layer=self.config.feature_layer,
+            size_bias=size_bias,
+            trace=trace,
+        )
+        return out
+
+    def _project(self, out: VisionOutput, *, spread: bool) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+        """For each frame its tokens (N, C), their sizes (N,) and, if asked, the mean index of their patches (N,)."""
+        num_dropped = 0 if self.config.feature_select_strategy == "full" else self.config.vision.num_prefix_tokens
+        tokens: Tensor = self.projector(out.hidden[:, num_dropped:])  # (frames, N, C)
+        sizes = out.size[:, num_dropped:, 0]
+        centres: list[Tensor | None] = [None] * len(tokens)
+        if spread:
+            assert out.trace is not None
+            centres = list(_patch_centres(out)[:, num_dropped:] - num_dropped)
+        return list(zip(tokens, sizes, centres, strict=True))
 
     def splice(
         self,
@@ -221,21 +249,15 @@ class AuroraModel(nn.Module):
         rows = []
         for row, ids in enumerate(input_ids):
             keep = slice(None) if attention_mask is None else attention_mask[row].bool()
-            clip = visual.frames[row] if visual is not None else []
-            rows.append(self._splice_row(row, ids[keep], clip, None if labels is None else labels[row][keep]))
-        return _pad_rows(rows, padding_side, with_labels=labels is not None)
+            targets = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels[row]
+            rows.append(self._splice_row(row, ids[keep], targets[keep], visual))
+        return pad_rows(rows, padding_side, with_labels=labels is not None)
 
-    def _splice_row(self, row: int, ids: Tensor, clip: list[Tensor], labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Embeddings (L, C) and labels (L,) of one row."""
+    def _splice_row(self, row: int, ids: Tensor, labels: Tensor, visual: VisualFeatures | None) -> SplicedRow:
         config = self.config
         is_placeholder = ids == config.image_token_index
-        num_placeholders = int(is_placeholder.sum())
-        if num_placeholders not in (0, 1, len(clip)) or (num_placeholders and not clip):
-            raise ValueError(
-                f"row {row}: {num_placeholders} placeholder{'s' * (num_placeholders != 1)} in input_ids and "
-                f"{len(clip)} frame{'s' * (len(clip) != 1)} in pixel_values; want one placeholder per frame, or one "
-                f"for the whole clip"
-            )
+        num_frames = 0 if visual is None else len(visual.frames[row])
+        check_placeholders(f"row {row}", int(is_placeholder.sum()), num_frames)
         text = ids[~is_placeholder]
         if text.numel() and (int(text.min()) < 0 or int(text.max()) >= config.text.vocab_size):
             wrong = next(i for i in text.tolist() if not 0 <= i < config.text.vocab_size)
@@ -244,34 +266,27 @@ class AuroraModel(nn.Module):
                 f"{config.image_token_index} for a placeholder"
             )
         embeds = self.language_model.embed(ids.masked_fill(is_placeholder, 0))  # (T, C)
-        labels = torch.full_like(ids, IGNORE_INDEX) if labels is None else labels
-        if num_placeholders == 0:
-            return embeds, labels
-        runs = clip if num_placeholders == len(clip) else [torch.cat(clip)]
-        parts, targets, start = [], [], 0
-        for end, run in zip(is_placeholder.nonzero()[:, 0].tolist(), runs, strict=True):
-            parts += [embeds[start:end], run.to(embeds.dtype)]
-            targets += [labels[start:end], labels.new_full((run.shape[0],), IGNORE_INDEX)]
-            start = end + 1
-        return torch.cat([*parts, embeds[start:]]), torch.cat([*targets, labels[start:]])
+        return splice_row(ids, embeds, labels, visual, row, config.image_token_index)
 
     def forward(
         self,
         input_ids: Tensor,
         *,
-        pixel_values: Tensor | None = None,
+        pixel_values: Tensor | Sequence[Tensor | None] | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        merge: MergeConfig | None = None,
+        merge: MergeConfig | Sequence[MergeConfig] | None = None,
+        cache: KVCache | None = None,
     ) -> AuroraOutput:
         """Predict the next token at each position of text with clips in it.
 
         Args:
             input_ids: Token ids with placeholders, (B, T).
-            pixel_values: One clip for each row, (B, F, 3, height, width); rows without a placeholder ignore theirs.
+            pixel_values: One clip for each row, see `encode`; rows without a placeholder ignore theirs.
             attention_mask: True where a token is, (B, T).
             labels: Target ids, (B, T); -100 is ignored.
-            merge: How to merge; None is the configuration's.
+            merge: How to merge, for all clips or for each; None is the configuration's.
+            cache: An empty one, which then holds keys and values of the spliced positions; it grows as needed.
 
         Returns:
             Loss (if there are labels), logits, delivered counts, and mask and labels over the spliced sequence.
@@ -281,15 +296,35 @@ class AuroraModel(nn.Module):
         """
         visual = None if pixel_values is None else self.encode(pixel_values, merge=merge)
         spliced = self.splice(input_ids, visual, attention_mask=attention_mask, labels=labels)
-        padded = not bool(spliced.attention_mask.all())
-        logits = self.language_model(
-            spliced.inputs_embeds,
-            position_ids=spliced.position_ids,
-            attention_mask=spliced.attention_mask if padded else None,
-        )
+        if cache is not None:
+            cache.grow(spliced.attention_mask.shape[1])
+        logits = self.run_language_model(spliced, cache=cache)
         loss = None if spliced.labels is None else next_token_loss(logits, spliced.labels)
         counts = [] if visual is None else visual.counts
         return AuroraOutput(loss, logits, counts, spliced.attention_mask, spliced.labels)
+
+    def run_language_model(self, spliced: Spliced, *, cache: KVCache | None = None, logits_to_keep: int = 0) -> Tensor:
+        """Run the language model over a whole spliced batch.
+
+        Args:
+            spliced: The batch.
+            cache: Where keys and values go; empty, with room for them.
+            logits_to_keep: Only the last so many positions get logits; 0 is all.
+
+        Returns:
+            Logits, (B, L or logits_to_keep, V).
+        """
+        padded = not bool(spliced.attention_mask.all())
+        bias = {} if spliced.key_bias is None else {"key_bias": spliced.key_bias}
+        logits: Tensor = self.language_model(
+            spliced.inputs_embeds,
+            position_ids=spliced.position_ids,
+            attention_mask=spliced.attention_mask if padded else None,
+            cache=cache,
+            logits_to_keep=logits_to_keep,
+            **bias,
+        )
+        return logits
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -304,17 +339,37 @@ def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, ignore_index=IGNORE_INDEX)
 
 
-def _pad_rows(rows: list[tuple[Tensor, Tensor]], padding_side: str, *, with_labels: bool) -> Spliced:
-    if padding_side not in ("left", "right"):
-        raise ValueError(f"padding_side={padding_side!r}: want left or right")
-    lengths = [embeds.shape[0] for embeds, _ in rows]
-    longest = max(lengths)
-    embeds_rows, mask_rows, label_rows = [], [], []
-    for (embeds, labels), length in zip(rows, lengths, strict=True):
-        pad = (longest - length, 0) if padding_side == "left" else (0, longest - length)
-        embeds_rows.append(F.pad(embeds, (0, 0, *pad)))
-        mask_rows.append(F.pad(torch.ones_like(labels, dtype=torch.bool), pad))
-        label_rows.append(F.pad(labels, pad, value=IGNORE_INDEX))
-    mask = torch.stack(mask_rows)
-    position_ids = (mask.cumsum(dim=1) - 1).clamp_min(0)
-    return Spliced(torch.stack(embeds_rows), mask, position_ids, torch.stack(label_rows) if with_labels else None)
+def _as_list(pixel_values: Tensor | Sequence[Tensor | None]) -> list[Tensor | None]:
+    """One (F, 3, H, W) for each clip."""
+    whole = isinstance(pixel_values, Tensor)
+    if isinstance(pixel_values, Tensor) and pixel_values.ndim != 5:
+        raise ValueError(
+            f"pixel_values: got shape {tuple(pixel_values.shape)}, want (clips, frames, channels, height, width)"
+        )
+    clips = list(pixel_values)
+    for index, clip in enumerate(clips):
+        name = "pixel_values" if whole else f"pixel_values[{index}]"
+        if clip is not None and clip.ndim != 4:
+            raise ValueError(f"{name}: got shape {tuple(clip.shape)}, want (frames, channels, height, width)")
+        if clip is not None and not torch.isfinite(clip).all():
+            raise ValueError(f"{name}: got NaN or infinite pixels, want finite ones")
+    return clips
+
+
+def _per_clip(merge: MergeConfig | Sequence[MergeConfig], num_clips: int) -> list[MergeConfig]:
+    if isinstance(merge, MergeConfig):
+        return [merge] * num_clips
+    if len(merge) != num_clips:
+        raise ValueError(f"merge: got {len(merge)} configs for {num_clips} clips, want as many")
+    return list(merge)
+
+
+def _patch_centres(out: VisionOutput) -> Tensor:
+    """Mean index of the input tokens that each token stands for, (frames, N) float32."""
+    assert out.trace is not None
+    num_tokens, num_inputs = out.hidden.shape[1], out.trace.num_prefix_tokens + math.prod(out.trace.grid)
+    indices = torch.arange(num_inputs, dtype=torch.float32, device=out.hidden.device).expand(len(out.hidden), -1)
+    source = out.trace.sources[-1] if out.trace.sources else indices.long()
+    total = indices.new_zeros(len(indices), num_tokens)
+    counts = total.scatter_add(1, source, torch.ones_like(indices))
+    return total.scatter_add(1, source, indices) / counts

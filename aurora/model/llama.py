@@ -8,16 +8,17 @@ Shape letters: B rows, T positions, S keys, C width, H heads, K key heads, D hea
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from aurora.model.attention import attention, causal_mask
+from aurora.model.products import Decoding, InferenceProducts, LayerProducts
 
 if TYPE_CHECKING:
     from aurora.model.cache import KVCache
@@ -102,17 +103,16 @@ def rotary_frequencies(config: LlamaConfig, device: torch.device) -> Tensor:
 
 
 def rotary_table(config: LlamaConfig, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, (B, T, 1, D) float32 each, both halves alike."""
-    angles = position_ids[..., None].float() * rotary_frequencies(config, position_ids.device)
-    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (B, T, 1, D)
-    return angles.cos(), angles.sin()
+    """Cosine and sine of the rotary angles, (B, T, 1, D) float32 each; of the sine the first half is negative."""
+    angles = (position_ids[..., None].float() * rotary_frequencies(config, position_ids.device))[:, :, None]
+    cos, sin = angles.cos(), angles.sin()  # (B, T, 1, D / 2)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate channel i of the first half with channel i of the second, in float32; (B, T, heads, D)."""
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = torch.cat([-second, first], dim=-1)
-    return (x.float() * cos + rotated * sin).to(x.dtype)
+    wide = x.float()
+    return (wide * cos + wide.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -125,8 +125,23 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last dimension of (..., C)."""
-        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(dim=-1, keepdim=True) + self.eps)
-        return self.weight * normed.to(x.dtype)
+        # The result is rounded before it is scaled, as in the released code; rms_norm's own weight comes before.
+        return self.weight * F.rms_norm(x.float(), x.shape[-1:], None, self.eps).to(x.dtype)
+
+
+class Pass(NamedTuple):
+    """What all layers share in one forward pass."""
+
+    rotary: tuple[Tensor, Tensor]
+    """From `rotary_table`."""
+    mask: Tensor | None
+    """True where a query may look, (B, T, S) bool; None: the causal rule."""
+    key_bias: Tensor | None
+    """Added to the scores of each key, (B, S) float32."""
+    backend: str
+    """Of attention."""
+    cache: KVCache | None
+    """Keys and values of earlier positions; new ones are added."""
 
 
 class LlamaAttention(nn.Module):
@@ -135,31 +150,31 @@ class LlamaAttention(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.num_heads, self.num_kv_heads = config.num_heads, config.num_kv_heads
         kv_size = config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        backend: str,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
-        """Attend from (B, T, C) to cached tokens and these; without a mask (B, T, S) the causal rule holds."""
-        q, k, v = (
-            rearrange(proj(x), "b t (h d) -> b t h d", d=self.head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = apply_rotary(q, *rotary), apply_rotary(k, *rotary)
-        if cache is not None:
-            k, v = cache.update(layer, k, v)
-        out = attention(q, k, v, causal=mask is None, mask=mask, backend=backend)
-        return self.o_proj(rearrange(out, "b t h d -> b t (h d)"))
+    def forward(self, x: Tensor, run: Pass, layer: int, products: LayerProducts | None) -> Tensor:
+        """Attend from (B, T, C) to cached tokens and these."""
+        split = (-1, self.head_dim)
+        if products is not None:
+            heads = products.qkv(x).unflatten(-1, split)  # (B, T, H + 2 K, D)
+            rotated = self.num_heads + self.num_kv_heads
+            qk = apply_rotary(heads[:, :, :rotated], *run.rotary)
+            q, k, v = qk[:, :, : self.num_heads], qk[:, :, self.num_heads :], heads[:, :, rotated:]
+        else:
+            q, k, v = (proj(x).unflatten(-1, split) for proj in (self.q_proj, self.k_proj, self.v_proj))
+            q, k = apply_rotary(q, *run.rotary), apply_rotary(k, *run.rotary)
+        if run.cache is not None:
+            out = run.cache.attend(layer, q, k, v, mask=run.mask, key_bias=run.key_bias, backend=run.backend)
+        else:
+            causal = run.mask is None
+            out = attention(q, k, v, causal=causal, mask=run.mask, key_bias=run.key_bias, backend=run.backend)
+        out = out.flatten(2)  # (B, T, C)
+        return self.o_proj(out) if products is None else products.o(out)
 
 
 class LlamaMLP(nn.Module):
@@ -171,9 +186,12 @@ class LlamaMLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, products: LayerProducts | None = None) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        if products is None:
+            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = products.gate_up(x).chunk(2, dim=-1)
+        return products.down(F.silu(gate).mul_(up))
 
 
 class LlamaLayer(nn.Module):
@@ -186,18 +204,15 @@ class LlamaLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(
-        self,
-        x: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
-        backend: str,
-        cache: KVCache | None,
-        layer: int,
-    ) -> Tensor:
+    def forward(self, x: Tensor, run: Pass, layer: int, products: LayerProducts | None) -> Tensor:
         """Map (B, T, C) to (B, T, C)."""
-        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, backend, cache, layer)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), run, layer, products)
+        return x + self.mlp(self.post_attention_layernorm(x), products)
+
+    def linears(self) -> tuple[tuple[nn.Module, ...], ...]:
+        """Linears that have one input, in the order of `LayerProducts`."""
+        attn, mlp = self.self_attn, self.mlp
+        return (attn.q_proj, attn.k_proj, attn.v_proj), (attn.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
 
 
 class Llama(nn.Module):
@@ -208,6 +223,8 @@ class Llama(nn.Module):
         self.config = config
         self.backend: str = backend
         self.activation_checkpointing = False
+        self.decoding = Decoding.recorded
+        self.products = InferenceProducts()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(LlamaLayer(config) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -225,6 +242,7 @@ class Llama(nn.Module):
         *,
         position_ids: Tensor,
         attention_mask: Tensor | None = None,
+        key_bias: Tensor | None = None,
         cache: KVCache | None = None,
         logits_to_keep: int = 0,
     ) -> Tensor:
@@ -236,6 +254,7 @@ class Llama(nn.Module):
             attention_mask: True for keys that exist, (B, S) bool, combined with the causal rule; or True where a
                 query may look, (B, T, S) bool, used as it stands. S counts the cached tokens too. None: all exist,
                 causal.
+            key_bias: Added to every score of a key, (B, S) float32. None: `cache.key_bias`, if there is one.
             cache: Read and extended in place.
             logits_to_keep: Only the last so many positions get logits; 0 is all.
 
@@ -243,22 +262,51 @@ class Llama(nn.Module):
             Logits, (B, T or logits_to_keep, V), in the dtype of the model.
 
         Raises:
-            ValueError: if the mask does not cover the keys.
+            ValueError: if the mask or the bias does not cover the keys.
         """
         num_queries = inputs_embeds.shape[1]
         num_keys = num_queries + (cache.length if cache is not None else 0)
         mask = _full_mask(attention_mask, num_queries, num_keys)
-        rotary = rotary_table(self.config, position_ids)
+        if key_bias is None and cache is not None and cache.key_bias is not None:
+            key_bias = cache.key_bias[:, :num_keys]
+        if key_bias is not None and key_bias.shape[-1] != num_keys:
+            raise ValueError(f"key_bias: covers {key_bias.shape[-1]} keys, want {num_keys} (cached ones included)")
+        run = Pass(rotary_table(self.config, position_ids), mask, key_bias, self.backend, cache)
+        products = self._products(cache, num_queries)
         x = inputs_embeds
         for index, layer in enumerate(self.layers):
             if self.activation_checkpointing and torch.is_grad_enabled() and cache is None:
-                x = checkpoint(layer, x, rotary, mask, self.backend, None, index, use_reentrant=False)
+                x = checkpoint(layer, x, run, index, None, use_reentrant=False)
             else:
-                x = layer(x, rotary, mask, self.backend, cache, index)  # (B, T, C)
+                x = layer(x, run, index, products.layers[index] if products else None)  # (B, T, C)
         if cache is not None:
             cache.advance(num_queries)
         x = self.norm(x[:, -logits_to_keep:])
+        if products is not None and products.head is not None:
+            return products.head(x)
         return F.linear(x, self.embed_tokens.weight) if self.lm_head is None else self.lm_head(x)
+
+    def train(self, mode: bool = True) -> Llama:
+        """Switch between training and evaluation; training needs no products for inference."""
+        if mode:
+            self.products.clear()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Llama:
+        self.products.clear()
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def _products(self, cache: KVCache | None, num_queries: int) -> InferenceProducts | None:
+        """Fused products where tokens are generated; else None, and every linear runs by itself."""
+        if cache is None or self.training or torch.is_grad_enabled():
+            return None
+        # Weights may have changed since the last prompt, but not between two tokens of an answer.
+        if num_queries > 1 or not self.products.ready:
+            head = self.embed_tokens if self.lm_head is None else self.lm_head
+            layers = [layer.linears() for layer in self.layers if isinstance(layer, LlamaLayer)]
+            self.products.refresh(layers, head)
+        return self.products
 
 
 def _full_mask(attention_mask: Tensor | None, num_queries: int, num_keys: int) -> Tensor | None:

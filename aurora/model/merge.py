@@ -21,11 +21,14 @@ if TYPE_CHECKING:
     from aurora.model.vision import VisionConfig
 
 __all__ = [
+    "MERGE_CHOICES",
     "Matching",
     "MergeConfig",
     "MergePlan",
     "Schedule",
     "SizeBias",
+    "TextPositions",
+    "TextSizeBias",
     "match_tokens",
     "max_merges",
     "merge_source",
@@ -58,6 +61,34 @@ class SizeBias(Enum):
     """On the key axis: proportional attention of Token Merging."""
 
 
+class TextSizeBias(Enum):
+    """Where log(size) enters the attention of the language model, which reads merged tokens as if all were alike."""
+
+    off = "off"
+    """Nowhere: what released weights were trained with."""
+    visual = "visual"
+    """On visual keys: a token that stands for n patches weighs as much as n equal ones (RESTORE, 2026)."""
+
+
+class TextPositions(Enum):
+    """Which positions visual tokens have in the language model."""
+
+    merged = "merged"
+    """Counted as delivered, in the order of the merge: what released weights were trained with."""
+    original = "original"
+    """Where their patches were, as if nothing had merged: each token stands at the mean of its patches, tokens are in
+    the order of these means, and the text behind a frame counts all its patches."""
+
+
+MERGE_CHOICES: dict[str, type[Enum]] = {
+    "schedule": Schedule,
+    "size_bias": SizeBias,
+    "text_size_bias": TextSizeBias,
+    "text_positions": TextPositions,
+}
+"""Fields of `MergeConfig` that are choices."""
+
+
 @dataclass(kw_only=True, slots=True)
 class MergeConfig:
     """How many visual tokens reach the language model, and how they get there."""
@@ -76,6 +107,10 @@ class MergeConfig:
     """off | keys: add log(token size) to the attention scores of the tower."""
     slowfast: bool = False
     """Keep every token of a clip's first frame and merge the others."""
+    text_size_bias: TextSizeBias = TextSizeBias.off
+    """off | visual: add log(token size) to the attention scores of visual keys in the language model."""
+    text_positions: TextPositions = TextPositions.merged
+    """merged | original: positions of visual tokens in the language model."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.token_kept_ratio <= 1.0:

@@ -6,6 +6,7 @@ CLIP (Radford et al., 2021) for the network, Token Merging (Bolya et al., 2023) 
 Shape letters: B frames, N tokens including the class token, C width, H heads, D head width, P patch side in pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
@@ -16,8 +17,9 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from aurora.kernels.merge import key_metric, match_tokens, merge_tokens_norm
 from aurora.model.attention import attention
-from aurora.model.merge import Matching, MergePlan, SizeBias, match_tokens, merge_source, merge_tokens
+from aurora.model.merge import Matching, MergePlan, SizeBias, merge_source
 
 
 class Activation(Enum):
@@ -34,7 +36,10 @@ class Activation(Enum):
 def activate(x: Tensor, activation: Activation) -> Tensor:
     """Apply an activation elementwise."""
     if activation is Activation.quick_gelu:
-        return x * torch.sigmoid(1.702 * x)
+        # In place where autograd allows it: each temporary of this width is fresh memory, whose page faults cost a
+        # ViT-H MLP on a CPU as much as its two matrix products.
+        gate = (1.702 * x).sigmoid_()
+        return x * gate if gate.requires_grad else gate.mul_(x)
     return F.gelu(x, approximate="tanh" if activation is Activation.gelu_tanh else "none")
 
 
@@ -127,12 +132,17 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x: Tensor, *, key_bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
-        """Return the attended tokens (B, N, C) and the keys (B, N, H, D)."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values of the tokens (B, N, C), each (B, N, H, D)."""
         q, k, v = (
             rearrange(proj(x), "b n (h d) -> b n h d", h=self.num_heads)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        return q, k, v
+
+    def forward(self, x: Tensor, *, key_bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+        """Return the attended tokens (B, N, C) and the keys (B, N, H, D)."""
+        q, k, v = self.project(x)
         out = attention(q, k, v, key_bias=key_bias, backend=backend)
         return self.out_proj(rearrange(out, "b n h d -> b n (h d)")), k
 
@@ -179,12 +189,13 @@ class VisionBlock(nn.Module):
         """
         key_bias = size[..., 0].log() if size_bias is SizeBias.keys else None
         attended, keys = self.attn(self.norm1(x), key_bias=key_bias, backend=backend)
-        x = x + attended
-        match = None
-        if r > 0:
-            match = match_tokens(keys.detach().float().mean(dim=2), r, class_token=self.class_token)
-            x, size = merge_tokens(x, size, match)  # (B, N - r, C)
-        return x + self.mlp(self.norm2(x)), size, match
+        if r == 0:
+            x = x + attended
+            return x + self.mlp(self.norm2(x)), size, None
+        match = match_tokens(key_metric(keys), r, class_token=self.class_token)
+        norm = self.norm2
+        x, normed, size = merge_tokens_norm(x, attended, size, match, norm.weight, norm.bias, norm.eps)  # (B, N - r, C)
+        return x + self.mlp(normed), size, match
 
 
 class VisionTower(nn.Module):
@@ -256,6 +267,19 @@ class VisionTower(nn.Module):
                 record.sources.append(source)
                 record.similarities.append(size.new_zeros(size.shape[0], 0) if match is None else match.scores)
         return VisionOutput(x, size, record)
+
+    def compile_blocks(self, *, backend: str | Callable[..., object] = "inductor") -> None:
+        """Have torch.compile make fused code of the blocks, at their first run.
+
+        All blocks share it: token counts and r are symbols in it, since merging gives every layer another count and
+        code for each would pass the limit of recompilations. There, as at a graph break, this raises; nothing falls
+        back to running uncompiled.
+
+        Args:
+            backend: A backend of torch.compile, by name or as a function.
+        """
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=True, backend=backend)
 
     def embed(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Embed patches, add positions and normalise: (B, prefix + patches, C) and the patch grid (rows, columns)."""

@@ -1,10 +1,12 @@
 """Images to normalised pixel tensors, numerically equal to the reference's CLIP preprocessing.
 
-Three ways to make a frame square, one choice per checkpoint (`image_aspect_ratio`):
+Four ways to bring a frame to the tower, one choice per checkpoint (`image_aspect_ratio`):
 
     pad     grow to a square with the mean colour, then resize: all stays visible (how the released weights trained)
     crop    resize the short edge, then cut the centre (how the published inference ran; the default)
     squash  resize both edges, ignoring the aspect ratio (how the DFN5B tower was pre-trained)
+    native  keep the shape: the short edge is S, the long one whole patches (the original's unused branch, xtuner
+            dataset/aurora.py:138, takes width for height there, so it stretched landscapes to portraits)
 
 All resizing is Pillow's bicubic on uint8. Transparency is dropped, not composited, as in the reference. Shape letters:
 F frames, H and W pixels, S the square's edge.
@@ -46,6 +48,7 @@ class AspectRatio(Enum):
     pad = "pad"
     crop = "crop"
     squash = "squash"
+    native = "native"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -53,7 +56,9 @@ class ImageConfig:
     """What the vision tower expects of a frame."""
 
     image_size: int = 378
-    """Edge of the square given to the tower, pixels."""
+    """Edge of the square given to the tower, pixels; of native frames the short edge."""
+    patch_size: int = 14
+    """Edge of a patch; both edges of native frames are whole patches."""
     aspect_ratio: AspectRatio = AspectRatio.crop
     """How a frame becomes square; what the checkpoint was trained with is recorded in it."""
     mean: list[float] = field(default_factory=lambda: list(CLIP_MEAN))
@@ -64,6 +69,8 @@ class ImageConfig:
     def __post_init__(self) -> None:
         if self.image_size < 1:
             raise ValueError(f"image.image_size={self.image_size}: want at least 1 pixel")
+        if self.patch_size < 1:
+            raise ValueError(f"image.patch_size={self.patch_size}: want at least 1 pixel")
         if len(self.mean) != 3 or not all(0 <= value <= 1 for value in self.mean):
             raise ValueError(f"image.mean={self.mean}: want three numbers in [0, 1]")
         if len(self.std) != 3 or not all(math.isfinite(value) and value > 0 for value in self.std):
@@ -136,12 +143,18 @@ class AuroraImageProcessor:
         elif self.config.aspect_ratio is AspectRatio.pad:
             colour = tuple(int(value * 255) for value in self.config.mean)
             image = pad_and_resize(image, size, (colour[0], colour[1], colour[2]))
+        elif self.config.aspect_ratio is AspectRatio.native:
+            shape = native_size(image.width, image.height, size, self.config.patch_size)
+            image = image.resize(shape, Image.Resampling.BICUBIC)
         else:
             image = image.resize((size, size), Image.Resampling.BICUBIC)
         return np.asarray(image, dtype=np.uint8)
 
     def _normalise(self, squares: Sequence[NDArray[np.uint8]]) -> Tensor:
         """Scale uint8 (S, S, 3) squares to [0, 1], then subtract the mean and divide by the deviation."""
+        if len(shapes := sorted({square.shape[:2] for square in squares})) > 1:
+            listed = ", ".join(f"{width}x{height}" for height, width in shapes)
+            raise ValueError(f"images: native aspect ratio gives frames of {listed} pixels, want one shape in a clip")
         x = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).to(torch.float32)  # (F, 3, S, S)
         mean = torch.tensor(self.config.mean).view(3, 1, 1)
         std = torch.tensor(self.config.std).view(3, 1, 1)
@@ -171,6 +184,7 @@ class AuroraImageProcessor:
         return {
             "image_processor_type": "CLIPImageProcessor",
             "image_aspect_ratio": self.config.aspect_ratio.value,
+            **({"patch_size": self.config.patch_size} if self.config.aspect_ratio is AspectRatio.native else {}),
             "do_convert_rgb": True,
             "do_resize": True,
             "size": {"shortest_edge": size} if crop else square,
@@ -231,6 +245,24 @@ def pad_and_resize(image: Image.Image, size: int, colour: tuple[int, int, int]) 
         square = Image.new("RGB", (size, size), colour)
         square.paste(image.resize(inner, Image.Resampling.BICUBIC), ((size - inner[0]) // 2, (size - inner[1]) // 2))
     return square.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def native_size(width: int, height: int, short: int, patch_size: int) -> tuple[int, int]:
+    """Return the shape that keeps an image's aspect ratio as closely as whole patches allow.
+
+    Args:
+        width: Of the image, pixels.
+        height: Of the image, pixels.
+        short: Wanted short edge, pixels; rounded to whole patches.
+        patch_size: Edge of a patch, pixels.
+
+    Returns:
+        Width and height, pixels. The long edge is at most 4 x the short one: thinner strips are squeezed.
+    """
+    patches = max(1, round(short / patch_size))
+    ratio = min(max(width, height) / min(width, height), 4.0)
+    long = round(patches * ratio) * patch_size
+    return (long, patches * patch_size) if width >= height else (patches * patch_size, long)
 
 
 def to_rgb(image: ImageInput) -> Image.Image:
@@ -363,7 +395,11 @@ def _parse_config(raw: dict[str, Any], file: Path) -> ImageConfig:
     for key, values in (("image_mean", mean), ("image_std", std)):
         if not isinstance(values, list) or not all(isinstance(value, int | float) for value in values):
             raise ValueError(f"{file}: {key}={values}: want three numbers")
+    # Only native frames depend on patches: elsewhere the key means nothing here.
+    patch_size = raw.get("patch_size", 14) if named == "native" else 14
+    if isinstance(patch_size, bool) or not isinstance(patch_size, int):
+        raise ValueError(f"{file}: patch_size={patch_size!r}: want a whole number of pixels")
     try:
-        return ImageConfig(image_size=size, aspect_ratio=AspectRatio(named), mean=mean, std=std)
+        return ImageConfig(image_size=size, patch_size=patch_size, aspect_ratio=AspectRatio(named), mean=mean, std=std)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None

@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
+from aurora.model.splice import check_placeholders
 from aurora.processing import chat
 from aurora.processing.chat import IMAGE_TOKEN, IMAGE_TOKEN_INDEX
 from aurora.processing.files import read_json
@@ -27,10 +28,13 @@ Images: TypeAlias = "ImageInput | Sequence[ImageInput | None] | Sequence[Sequenc
 Videos: TypeAlias = "VideoInput | Sequence[VideoInput]"
 
 
-class Batch(dict[str, Tensor]):
-    """Model inputs by name; `model(**batch)` and `batch.input_ids` both work."""
+class Batch(dict[str, Any]):
+    """Model inputs by name; `model(**batch)` and `batch.input_ids` both work.
 
-    def __getattr__(self, name: str) -> Tensor:
+    Values are tensors; pixels that differ from row to row are a list of tensors, with None for a row without any.
+    """
+
+    def __getattr__(self, name: str) -> Any:
         try:
             return self[name]
         except KeyError:
@@ -54,9 +58,15 @@ class Batch(dict[str, Tensor]):
         device = next((target for target in given if target is not None and not isinstance(target, torch.dtype)), None)
         non_blocking = bool(named.get("non_blocking", False))
         moved = Batch()
-        for name, tensor in self.items():
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
             kind = dtype if tensor.is_floating_point() else None
-            moved[name] = tensor.to(device=device, dtype=kind, non_blocking=non_blocking)
+            return tensor.to(device=device, dtype=kind, non_blocking=non_blocking)
+
+        for name, value in self.items():
+            moved[name] = [move(tensor) for tensor in value] if isinstance(value, list) else move(value)
         return moved
 
 
@@ -173,7 +183,7 @@ class AuroraProcessor:
         Args:
             images: One image, or one per text, or a list of images per text. `None` may stand for the image of a text
                 without a placeholder. Several images with a single text all belong to it.
-            videos: One clip (an array (F, H, W, 3), a list of frames, or a path) or one per text, all with F frames.
+            videos: One clip (an array (F, H, W, 3), a list of frames, or a path) or one per text.
             text: One prompt or several, with `<image>` placeholders.
             return_tensors: Only "pt".
             padding: Pad texts of different lengths; otherwise they must be equally long.
@@ -181,11 +191,12 @@ class AuroraProcessor:
 
         Returns:
             `input_ids` and `attention_mask` (B, T) int64 if there is text; `pixel_values` (B, 3, S, S), or
-            (B, F, 3, S, S) for several images a text; `pixel_values_videos` (B, F, 3, S, S).
+            (B, F, 3, S, S) for several images a text; `pixel_values_videos` (B, F, 3, S, S). Where texts have different
+            numbers of images or frames, a list of (F, 3, S, S) instead.
 
         Raises:
             ValueError: if the numbers of texts, images or clips disagree, a text has another number of placeholders
-                than one or its frames, clips differ in frames, or an input is malformed.
+                than one or its frames, or an input is malformed.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors={return_tensors!r}: want 'pt'")
@@ -200,7 +211,9 @@ class AuroraProcessor:
         if videos is not None:
             batch["pixel_values_videos"] = self._videos(videos, texts)
         if texts is not None:
-            num_frames = batch["pixel_values_videos"].shape[1] if videos is not None else 0
+            num_frames = (
+                [len(clip) for clip in batch["pixel_values_videos"]] if videos is not None else [0] * len(texts)
+            )
             batch.update(self._texts(texts, num_frames, padding=padding, padding_side=padding_side))
         return batch
 
@@ -218,8 +231,8 @@ class AuroraProcessor:
         """Return a decoder for ids that arrive one by one."""
         return self.tokenizer.stream()
 
-    def _images(self, images: Images, texts: list[str] | None, *, single: bool) -> Tensor:
-        """Return (B, 3, S, S), or (B, F, 3, S, S) where a text has several images."""
+    def _images(self, images: Images, texts: list[str] | None, *, single: bool) -> Tensor | list[Tensor | None]:
+        """Return (B, 3, S, S), (B, F, 3, S, S) where a text has several images, or a list where the numbers differ."""
         if single or not isinstance(images, Sequence):
             rows: list[list[Any]] = [split_images(images)]  # type: ignore[arg-type]
         else:
@@ -229,8 +242,8 @@ class AuroraProcessor:
                 f"got {len(rows)} images and {len(texts)} texts, want one image or list of images per text"
             )
         counts = [len(row) for row in rows]
-        if not rows or len(set(counts)) != 1 or not counts[0]:
-            raise ValueError(f"images per text: got {counts}, want the same number, at least 1, for every text")
+        if not rows or not all(counts):
+            raise ValueError(f"images per text: got {counts}, want at least 1 for every text, or None")
         # Not `row == [None]`: an array does not compare to one truth value.
         absent = [len(row) == 1 and row[0] is None for row in rows]
         missing = [absent[b] and texts is not None and IMAGE_TOKEN not in texts[b] for b in range(len(rows))]
@@ -238,32 +251,37 @@ class AuroraProcessor:
             raise ValueError("images: got only None, want images=None for texts without images")
         for b, text in enumerate(texts or []):
             if not missing[b]:
-                _check_placeholders(b, text, counts[b])
+                check_placeholders(f"text {b}", text.count(IMAGE_TOKEN), counts[b], text_alone=False)
         given = [image for row, absent in zip(rows, missing) if not absent for image in row]
         frames = self.image_processor(given)
+        if len(set(counts)) > 1:
+            parts = iter(frames.split([count for count, absent in zip(counts, missing) if not absent]))
+            return [None if absent else next(parts) for absent in missing]
         pixels = frames.new_zeros((len(rows), counts[0], *frames.shape[1:]))
         pixels[~torch.tensor(missing)] = frames.unflatten(0, (-1, counts[0]))
         return pixels[:, 0] if counts[0] == 1 else pixels
 
-    def _videos(self, videos: Videos, texts: list[str] | None) -> Tensor:
-        """Return (B, F, 3, S, S)."""
+    def _videos(self, videos: Videos, texts: list[str] | None) -> Tensor | list[Tensor]:
+        """Return (B, F, 3, S, S), or a list where clips differ in F."""
         clips = split_clips(videos)
         if texts is not None and len(clips) != len(texts):
             raise ValueError(f"got {len(clips)} videos and {len(texts)} texts, want one video per text")
-        pixels = self.video_processor(clips)
+        pixels = self.video_processor.clips(clips)
+        if not pixels:
+            raise ValueError("videos: got no clip, want at least one")
         for b, text in enumerate(texts or []):
-            _check_placeholders(b, text, pixels.shape[1])
-        return pixels
+            check_placeholders(f"text {b}", text.count(IMAGE_TOKEN), len(pixels[b]), text_alone=False)
+        return torch.stack(pixels) if len({len(clip) for clip in pixels}) == 1 else pixels
 
-    def _texts(self, texts: list[str], num_frames: int, *, padding: bool, padding_side: str) -> dict[str, Tensor]:
+    def _texts(self, texts: list[str], num_frames: list[int], *, padding: bool, padding_side: str) -> dict[str, Tensor]:
         """Return `input_ids` and `attention_mask`, (B, T) int64."""
         if padding_side not in ("left", "right"):
             raise ValueError(f"padding_side={padding_side!r}: want 'left' or 'right'")
         if not texts or not all(isinstance(text, str) for text in texts):
             raise ValueError(f"text: got {texts!r}, want one text or a list of them")
         rows = [
-            chat.tokenize_prompt(self._number_frames(text, num_frames), self.tokenizer, self.image_token_index)
-            for text in texts
+            chat.tokenize_prompt(self._number_frames(text, count), self.tokenizer, self.image_token_index)
+            for text, count in zip(texts, num_frames, strict=True)
         ]
         lengths = [len(row) for row in rows]
         width = max(lengths)
@@ -286,17 +304,6 @@ class AuroraProcessor:
         if num_frames < 2 or self.frame_template == IMAGE_TOKEN or text.count(IMAGE_TOKEN) != 1 or first not in text:
             return text
         return text.replace(first, chat.frame_text(num_frames, self.frame_template))
-
-
-def _check_placeholders(index: int, text: str, num_frames: int) -> None:
-    """Refuse a text that does not say where its frames go; the model would take it for one without any."""
-    found = text.count(IMAGE_TOKEN)
-    if found not in (1, num_frames):
-        frames = f"{num_frames} frame" + "s" * (num_frames != 1)
-        raise ValueError(
-            f"text {index}: {found} {IMAGE_TOKEN} placeholder{'s' * (found != 1)} for {frames}; want one per frame, or "
-            "one for all of them"
-        )
 
 
 def _read_template(folder: Path) -> str | None:

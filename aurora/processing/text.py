@@ -300,9 +300,12 @@ class StreamDecoder:
         if text.endswith(_REPLACEMENT) and not final:
             return ""
         known = self._tokenizer.decode(self._ids[self._start : self._read])
-        if self._read < len(self._ids):
-            self._start, self._read = self._read, len(self._ids)
-        return text[len(known) :]
+        new = text[len(known) :]
+        # Blanks at the front of a window get lost (sentencepiece), so it must not begin with blanks alone.
+        if new.strip():
+            self._start = self._read
+        self._read = len(self._ids)
+        return new
 
 
 def parse_vocabulary(name: str, content: bytes, *, source: str) -> Backend:

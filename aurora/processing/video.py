@@ -211,13 +211,27 @@ class AuroraVideoProcessor:
         Raises:
             ValueError: if there is no clip, clips differ in their number of frames, or one is malformed.
         """
-        clips = [self._clip(video) for video in split_clips(videos)]
+        clips = self.clips(videos)
         counts = [len(clip) for clip in clips]
         if not counts or len(set(counts)) != 1:
             raise ValueError(
                 f"videos: got clips of {counts} frames, want at least one clip and the same number for all"
             )
         return torch.stack(clips)
+
+    def clips(self, videos: VideoInput | Sequence[VideoInput]) -> list[Tensor]:
+        """Normalise one clip or several that may differ in length.
+
+        Args:
+            videos: As for `__call__`.
+
+        Returns:
+            (F, 3, S, S) float32 for each clip.
+
+        Raises:
+            ValueError: if one is malformed.
+        """
+        return [self._clip(video) for video in split_clips(videos)]
 
     def _clip(self, video: VideoInput) -> Tensor:
         """Return (F, 3, S, S)."""

@@ -1,6 +1,7 @@
 """Rendered clips on disk, memory-mapped: frames with the tower's targets, one row a clip, seed = row.
 
-Every other clip has been through a real H.264 file, as every clip is at inference.
+Every other clip has been through a real H.264 file, as every clip is at inference. A killed rendering goes on where it
+stopped.
 """
 
 import json
@@ -67,18 +68,24 @@ def _render_bank(
     target: Path, split: str, num_clips: int, num_frames: int, size: int, patch: int, workers: int
 ) -> None:
     writing = target.with_name(f".writing-{target.name}")
-    shutil.rmtree(writing, ignore_errors=True)
-    writing.mkdir(parents=True)
+    notes = writing / "rows.txt"
     shapes = {
         "frames": (num_clips, num_frames, size, size, 3),
         "targets": (num_clips, num_frames, len(FRAME_TASKS)),
         "masks": (num_clips, num_frames, (size // patch) ** 2, SUB_CELLS),
     }
-    arrays: dict[str, NDArray[np.uint8]] = {
-        name: np.lib.format.open_memmap(writing / f"{name}.npy", mode="w+", dtype=np.uint8, shape=shape)
-        for name, shape in shapes.items()
-    }
+    arrays = _unfinished(writing, shapes) if notes.exists() else None
+    if arrays is None:
+        shutil.rmtree(writing, ignore_errors=True)
+        writing.mkdir(parents=True)
+        arrays = {
+            name: np.lib.format.open_memmap(writing / f"{name}.npy", mode="w+", dtype=np.uint8, shape=shape)
+            for name, shape in shapes.items()
+        }
+        notes.touch()
+    done = set(notes.read_text().splitlines())
     chunks = [range(start, min(start + _CHUNK, num_clips)) for start in range(0, num_clips, _CHUNK)]
+    chunks = [rows for rows in chunks if str(rows.start) not in done]
     render = partial(_render_rows, split=split, num_frames=num_frames, size=size, patch=patch)
     with ExitStack() as stack:
         results: Iterator[dict[str, Any]]
@@ -87,14 +94,30 @@ def _render_bank(
         else:
             pool = stack.enter_context(ProcessPoolExecutor(workers, mp_context=get_context("spawn")))
             results = pool.map(render, chunks)
+        stream = stack.enter_context(notes.open("a"))
         for rows, rendered in zip(chunks, results, strict=True):
             for name, values in rendered.items():
                 arrays[name][rows.start : rows.stop] = values
+            print(rows.start, file=stream, flush=True)
     for array in arrays.values():
-        array.flush()  # type: ignore[attr-defined]
+        array.flush()
     (writing / "bank.json").write_text(json.dumps({"num_clips": num_clips, "split": split}) + "\n")
+    notes.unlink()
     shutil.rmtree(target, ignore_errors=True)
     writing.replace(target)
+
+
+def _unfinished(writing: Path, shapes: dict[str, tuple[int, ...]]) -> "dict[str, np.memmap[Any, Any]] | None":
+    """Arrays a killed run left, or None where they are missing, damaged or of other shapes."""
+    arrays: dict[str, np.memmap[Any, Any]] = {}
+    for name, shape in shapes.items():
+        try:
+            arrays[name] = np.lib.format.open_memmap(writing / f"{name}.npy", mode="r+")
+        except (OSError, ValueError):
+            return None
+        if arrays[name].shape != shape:
+            return None
+    return arrays
 
 
 def _render_rows(seeds: Sequence[int], split: str, num_frames: int, size: int, patch: int) -> dict[str, Any]:

@@ -17,9 +17,7 @@ from aurora.data.tinyworld import (
     SLOT_WORDS,
     SLOTS,
     Category,
-    Codec,
     DatasetConfig,
-    build_bank,
     caption_prompts,
     captions,
     frame_masks,
@@ -31,7 +29,6 @@ from aurora.data.tinyworld import (
     sample_scene,
     storyboard,
     text_corpus,
-    through_codec,
     write_dataset,
     write_mp4,
 )
@@ -271,47 +268,6 @@ def test_mp4_refuses_odd_sides_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="float64"):
         write_mp4(np.zeros((2, 96, 96, 3)), tmp_path / "a.mp4")  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("codec", list(Codec))
-def test_codecs_keep_the_picture(codec: Codec) -> None:
-    clip = render_clip(sample_scene(6))
-    seen = through_codec(clip, codec, 6)
-    assert seen.shape == clip.shape
-    assert seen.dtype == np.uint8
-    error = np.abs(seen.astype(int) - clip).mean()
-    assert (error == 0) == (codec is Codec.none)
-    assert error < 9
-    assert np.array_equal(seen, through_codec(clip, codec, 6))
-
-
-def test_bank_resumes_and_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from aurora.data.tinyworld import dataset
-
-    monkeypatch.setattr(dataset, "CHUNK_CLIPS", 3)
-    whole = build_bank(tmp_path / "a.npy", range(10, 18), codec="none", workers=1, progress=False)
-    assert whole.shape == (8, 8, 96, 96, 3)
-    assert np.array_equal(whole[5], render_clip(sample_scene(15)))
-
-    calls = []
-    fill = dataset._fill_bank
-
-    def dies_in_second_chunk(part: Path, start: int, *rest: object) -> int:
-        calls.append(start)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return fill(part, start, *rest)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(dataset, "_fill_bank", dies_in_second_chunk)
-    with pytest.raises(KeyboardInterrupt):
-        build_bank(tmp_path / "b.npy", range(10, 18), codec="none", workers=1, progress=False)
-    assert not (tmp_path / "b.npy").exists()
-    again = build_bank(tmp_path / "b.npy", range(10, 18), codec="none", workers=1, progress=False)
-    assert calls == [0, 3, 3, 6]
-    assert np.array_equal(again, whole)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.npy", "a.npy.json", "b.npy", "b.npy.json"]
-    with pytest.raises(ValueError, match="want another path"):
-        build_bank(tmp_path / "a.npy", range(10, 18), codec="jpeg", workers=1, progress=False)
 
 
 def test_dataset_on_disk(tmp_path: Path) -> None:

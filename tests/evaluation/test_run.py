@@ -1,6 +1,5 @@
 """The evaluation from mp4 files to tables, on a checkpoint with random weights."""
 
-import itertools
 import json
 import shutil
 import subprocess
@@ -19,7 +18,7 @@ from aurora.data.tinyworld.scene import sample_scene
 from aurora.evaluation import run
 from aurora.evaluation.report import Measured, Point, markdown, to_record
 from aurora.evaluation.run import EvaluateConfig, checkpoint_digest, evaluate, noise_like
-from aurora.evaluation.structured import StructuredCaptioner, answer, read_clips
+from aurora.evaluation.structured import StructuredCaptioner
 from aurora.evaluation.tinyvdc import score
 from aurora.model.merge import Schedule
 from aurora.modeling import AuroraForConditionalGeneration
@@ -76,33 +75,33 @@ def test_one_reading_gives_the_ids_of_one_generate_per_question(random_checkpoin
 def test_short_answers_leave_and_long_ones_go_on(random_checkpoint):
     """With an end-of-text id that turns up here and there, every row ends where it does alone."""
     captioner = load(random_checkpoint)
-    model = captioner.model.model
-    clips = some_clips(4)
+    model, clips = captioner.model, some_clips(4)
     pixels = torch.stack([captioner.processor.image_processor.preprocess_frames(frames) for frames in clips])
-    with torch.inference_mode():
-        features = model.encode(pixels)
-        shared, rest = captioner._split_prompts(8)
-        cache = read_clips(model, shared, features, [len(ids) for ids in rest])
-        before = cache.keys.clone()
-        model.config.eos_token_id = -1
-        whole = answer(model, cache, rest, max_new_tokens=30)
-        flat = list(itertools.chain.from_iterable(whole))
-        assert all(len(ids) == 30 for ids in flat)
-        ends = {token: len({ids.index(token) if token in ids else 30 for ids in flat}) for ids in flat for token in ids}
-        model.config.eos_token_id = max(ends, key=ends.get)
-        assert ends[model.config.eos_token_id] >= 3
-        cut = [[*itertools.takewhile(lambda t: t != model.config.eos_token_id, ids)] for ids in flat]
-        made = answer(model, cache, rest, max_new_tokens=30)
-    assert list(itertools.chain.from_iterable(made)) == cut
-    assert torch.equal(cache.keys, before)
+    prompts = [captioner.processor.build_prompt(question, 8) for question in QUESTIONS.values()] * len(clips)
+    inputs = captioner.processor(text=prompts)
+    prefix = model.encode(pixel_values_videos=pixels)
+    whole = model.generate(**inputs, prefix=prefix, max_new_tokens=30, eos_token_id=-1).tolist()
+    assert len(whole) == 20
+    ends = {token: len({ids.index(token) if token in ids else 30 for ids in whole}) for ids in whole for token in ids}
+    stop = max(ends, key=ends.get)
+    assert ends[stop] >= 3
+    made = model.generate(**inputs, prefix=prefix, max_new_tokens=30, eos_token_id=stop, return_dict=True)
+    for ids, expected, length, reason in zip(made.sequences.tolist(), whole, made.num_generated, made.stopped_by):
+        assert length == (expected.index(stop) + 1 if stop in expected else 30)
+        assert ids[:length] == expected[:length]
+        assert reason == ("eos" if stop in expected else "length")
 
 
-def test_clips_of_different_lengths_and_full_contexts_are_refused(random_checkpoint):
+def test_clips_may_differ_in_length_and_full_contexts_are_refused(random_checkpoint):
     captioner = load(random_checkpoint)
-    with pytest.raises(ValueError, match=r"clips of \[8, 7\] frames"):
-        captioner.caption([some_clips(1)[0], some_clips(1)[0][:7]])
+    long, short = some_clips(2)[0], some_clips(2)[1][:5]
+    together = captioner.caption([long, short], token_kept_ratio=0.5)
+    assert together == [captioner.caption([clip], token_kept_ratio=0.5)[0] for clip in (long, short)]
+    assert [len(made.visual_tokens) for made in together] == [8, 5]
+    with pytest.raises(ValueError, match=r"clips: got none"):
+        captioner.caption([])
     with pytest.raises(ValueError, match=r"leave no room .*max_seq_len=512"):
-        captioner.caption([np.concatenate([some_clips(1)[0]] * 2)])
+        captioner.caption([np.concatenate([long] * 2)])
 
 
 def test_points_are_the_first_ratio_then_the_others_by_schedule():

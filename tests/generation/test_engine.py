@@ -73,7 +73,7 @@ def test_cache_grows_over_bucket_borders_without_a_change(model: AuroraModel, mo
     whole = run(model, spliced, max_new_tokens=40)
     grown: list[int] = []
     real = KVCache.grow
-    monkeypatch.setattr("aurora.generation.engine.CACHE_BUCKET", 4)
+    monkeypatch.setattr("aurora.generation.state.CACHE_BUCKET", 4)
     monkeypatch.setattr(KVCache, "grow", lambda self, slots: (grown.append(slots), real(self, slots))[1])
     assert torch.equal(run(model, spliced, max_new_tokens=40).sequences, whole.sequences)
     assert grown == [24, 36, 54]

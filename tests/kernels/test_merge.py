@@ -7,6 +7,7 @@ from torch import Tensor
 from aurora.kernels.merge import Matching, match_tokens, merge_tokens
 from aurora.model.merge import merge_source, unmerge_tokens
 from tests.golden import assert_close_to_golden, load_index, load_tensors
+from tests.kernels.merge_checks import DEVICE, needs_triton
 
 CASES = sorted(load_index("merge_index"))
 
@@ -190,6 +191,22 @@ def test_large_sizes_do_not_overflow_in_half_precision() -> None:
     assert size.dtype == torch.float32
     assert torch.equal(merged, torch.full((1, 2, 2), 300.0, dtype=torch.float16))
     assert size.flatten().tolist() == [1.0, 500.0]
+
+
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_a_group_is_summed_from_its_destination_on_and_by_rank(backend: str) -> None:
+    # In float32, ((1 - 1e8) + 1e8) + 5 is 5; sources first, or in another order, it is something else.
+    x = torch.tensor([1e8, 1.0, -1e8, 0.0, 5.0, 0.0, 7.0], device=DEVICE).view(1, 7, 1)
+    match = Matching(
+        unmerged_idx=torch.tensor([[3]], device=DEVICE),
+        src_idx=torch.tensor([[1, 0, 2]], device=DEVICE),
+        dst_idx=torch.tensor([[0, 0, 0]], device=DEVICE),
+        scores=torch.ones(1, 3, device=DEVICE),
+        num_tokens=7,
+    )
+    merged, size = merge_tokens(x, torch.ones(1, 7, 1, device=DEVICE), match, backend=backend)
+    assert merged[0, :, 0].tolist() == [7.0, 1.25, 0.0, 0.0]
+    assert size[0, :, 0].tolist() == [1.0, 4.0, 1.0, 1.0]
 
 
 def test_sizes_stay_exact_in_bfloat16() -> None:

@@ -185,7 +185,7 @@ def test_the_class_token_is_dropped_or_kept_in_each_frame(strategy: str) -> None
     with torch.no_grad():
         visual = model.encode(full_case("vid4_r0.4")["pixel_values"], merge=MergeConfig(token_kept_ratio=0.4))
         hidden = model.vision_tower(
-            full_case("vid4_r0.4")["pixel_values"][0], plan=visual.plans[0], feature_layer=model.config.feature_layer
+            full_case("vid4_r0.4")["pixel_values"][0], plan=visual.plans[0][0], feature_layer=model.config.feature_layer
         ).hidden
     assert visual.counts == [[17 if strategy == "full" else 16] * 4]
     for frame, tokens in zip(visual.frames[0], hidden, strict=True):

@@ -79,7 +79,10 @@ def test_axes_are_not_swapped():
 def test_no_377_pixel_edge(short, aspect):
     # For these short edges the reference's float arithmetic gives 377, filled up with a black row and column.
     pixels = processor(378, aspect)(np.full((short, short + 40, 3), 200, np.uint8))
-    assert pixels.shape == (1, 3, 378, 378)
+    if aspect is AspectRatio.native:
+        assert pixels.shape[2] == 378 <= pixels.shape[3]
+    else:
+        assert pixels.shape == (1, 3, 378, 378)
     if aspect is not AspectRatio.pad:
         assert pixels.std(dim=(2, 3)).max() < 1e-5
 
@@ -182,7 +185,7 @@ def test_thin_strips_stay_cheap(shape, aspect):
     # Cropping would resize to 378 x 11 million pixels, padding to a square of 3.6 gigapixels.
     array = np.full((*shape, 3), 255, np.uint8)
     pixels = processor(378, aspect)(array)
-    assert pixels.shape == (1, 3, 378, 378)
+    assert sorted(pixels.shape[2:]) == [378, 4 * 378 if aspect is AspectRatio.native else 378]
     assert pixels.max() > 1.9
 
 
@@ -197,6 +200,19 @@ def test_strip_route_draws_the_same_picture(monkeypatch):
         inner = (slice(None), slice(None), slice(14, 56), slice(2, 68))
         assert (usual - strip)[inner].abs().max() < 0.1
         assert (usual - usual.flip(-1))[inner].abs().max() > 0.5
+
+
+@pytest.mark.parametrize(
+    ("size", "shape"), [((500, 333), (112, 70)), ((333, 500), (70, 112)), ((64, 64), (70, 70)), ((900, 9), (280, 70))]
+)
+def test_native_keeps_landscapes_wide_where_the_reference_swaps_axes(size, shape):
+    image = Image.new("RGB", size)
+    image.paste((255, 255, 255), (0, 0, size[0] // 2, size[1]))  # white on the left
+    pixels = processor(70, AspectRatio.native)(image)
+    assert pixels.shape == (1, 3, shape[1], shape[0])
+    assert pixels[..., 0].mean() > 1 > -1 > pixels[..., -1].mean()
+    with pytest.raises(ValueError, match="want one shape in a clip"):
+        processor(70, AspectRatio.native)([image, Image.new("RGB", (64, 200))])
 
 
 @pytest.mark.parametrize("aspect", list(AspectRatio))

@@ -116,12 +116,12 @@ def test_numbered_frames(tokenizer):
         ({"images": [IMAGE], "text": ["a", "b"]}, "got 1 images and 2 texts"),
         ({"images": [IMAGE, IMAGE, IMAGE], "text": ["a", "b"]}, "got 3 images and 2 texts"),
         ({"videos": [clip(2)], "text": ["a", "b"]}, "got 1 videos and 2 texts"),
-        ({"videos": [clip(2), clip(3)], "text": ["a", "b"]}, "clips of \\[2, 3\\] frames"),
-        ({"videos": []}, "clips of \\[\\] frames"),
+        ({"videos": [clip(2), clip(3)], "text": ["a <image>", "b"]}, "text 1: 0 placeholders in the text for 3 frames"),
+        ({"videos": []}, "videos: got no clip"),
         ({"videos": [clip(2), IMAGE]}, "mixes frames and clips"),
         ({"videos": 5}, "videos: got int"),
-        ({"images": [[IMAGE], [IMAGE, IMAGE]], "text": ["a", "b"]}, "got \\[1, 2\\], want the same number"),
-        ({"images": []}, "want the same number, at least 1"),
+        ({"images": [[IMAGE], []], "text": ["a", "b"]}, "got \\[1, 0\\], want at least 1 for every text"),
+        ({"images": []}, "got \\[\\], want at least 1"),
         ({"text": []}, "want one text or a list"),
         ({"text": [5]}, "want one text or a list"),
         ({"text": ["a", "a long text"], "padding": False}, "want equal lengths"),
@@ -131,6 +131,20 @@ def test_numbered_frames(tokenizer):
 def test_bad_calls(processor, given, message):
     with pytest.raises(ValueError, match=message):
         processor(**given)
+
+
+def test_rows_may_differ_in_frames(processor):
+    texts = ["<image> a", "<image> <image> <image> b"]
+    batch = processor(videos=[clip(2), clip(3)], text=texts)
+    assert [tuple(pixels.shape) for pixels in batch.pixel_values_videos] == [(2, 3, 28, 28), (3, 3, 28, 28)]
+    for row, frames in enumerate((2, 3)):
+        alone = processor(videos=clip(frames), text=texts[row])
+        assert torch.equal(batch.pixel_values_videos[row], alone.pixel_values_videos[0])
+        assert batch.input_ids[row][batch.attention_mask[row].bool()].tolist() == alone.input_ids[0].tolist()
+    batch = processor(images=[[IMAGE], None, [IMAGE, IMAGE]], text=["<image> a", "b", "<image> <image> c"])
+    assert [pixels if pixels is None else len(pixels) for pixels in batch.pixel_values] == [1, None, 2]
+    moved = batch.to(torch.float64)
+    assert (moved.pixel_values[0].dtype, moved.pixel_values[1]) == (torch.float64, None)
 
 
 def test_batch_to(processor):
@@ -219,5 +233,6 @@ def test_a_prompt_with_a_missing_or_extra_placeholder_is_refused(tokenizer, kind
     processor = AuroraProcessor(AuroraImageProcessor(ImageConfig(image_size=14)), tokenizer)
     frames = [np.zeros((14, 14, 3), np.uint8)] * (3 if kind == "videos" else 1)
     given = {"images": frames[0]} if kind == "images" else {"videos": frames}
-    with pytest.raises(ValueError, match=f"{count} <image> placeholders? for {len(frames)} frame.*want one per frame"):
+    wanted = f"text 0: {count} placeholders? in the text for {len(frames)} frames?; want one placeholder per frame"
+    with pytest.raises(ValueError, match=wanted):
         processor(text=f"USER: {'<image> ' * count}What? ASSISTANT:", **given)

@@ -15,7 +15,7 @@ from aurora.data.tinyworld.dataset import through_h264
 from aurora.data.tinyworld.scene import sample_scene
 from aurora.modeling import AuroraForConditionalGeneration
 from aurora.processing.processor import AuroraProcessor
-from aurora.training.bank import open_bank
+from aurora.training import bank
 from aurora.training.config import Precision, StageConfig, TokenizerConfig, TrainConfig
 from aurora.training.distributed import Launch, World
 from aurora.training.export import pixel_table
@@ -82,15 +82,47 @@ def test_tokenizer_reads_prompts_and_any_text(prepared: TrainConfig) -> None:
 
 
 def test_bank_rows_are_the_scenes_of_their_seeds(prepared: TrainConfig) -> None:
-    bank = clip_bank(prepared, "train")
-    assert bank.frames.shape == (8, 4, 32, 32, 3)
-    assert bank.masks.shape == (8, 4, 16, 16)
-    assert bank.masks.max() <= 3
-    again = open_bank(
+    clips = clip_bank(prepared, "train")
+    assert clips.frames.shape == (8, 4, 32, 32, 3)
+    assert clips.masks.shape == (8, 4, 16, 16)
+    assert clips.masks.max() <= 3
+    again = bank.open_bank(
         Path(prepared.bank_dir), split="train", num_clips=2, num_frames=4, image_size=32, patch_size=8, workers=1
     )
-    np.testing.assert_array_equal(again.frames, bank.frames[:2])
+    np.testing.assert_array_equal(again.frames, clips.frames[:2])
     assert sample_scene(0, "train").seed == 0
+
+
+def test_a_killed_rendering_goes_on_and_gives_the_same_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank, "_CHUNK", 3)
+    sizes = {"split": "train", "num_clips": 8, "num_frames": 2, "image_size": 32, "patch_size": 8}
+    whole = bank.open_bank(tmp_path / "whole", **sizes)
+    calls: list[range] = []
+    render = bank._render_rows
+
+    def dies_in_second_chunk(seeds: range, *rest: object, **options: object) -> dict[str, object]:
+        calls.append(seeds)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return render(seeds, *rest, **options)
+
+    monkeypatch.setattr(bank, "_render_rows", dies_in_second_chunk)
+    with pytest.raises(KeyboardInterrupt):
+        bank.open_bank(tmp_path / "killed", **sizes)
+    again = bank.open_bank(tmp_path / "killed", **sizes)
+    assert calls == [range(3), range(3, 6), range(3, 6), range(6, 8)]
+    for name in ("frames", "targets", "masks"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(whole, name))
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["train-2x32-p8"]
+
+
+def test_a_damaged_rendering_starts_anew(tmp_path: Path) -> None:
+    writing = tmp_path / ".writing-train-2x32-p8"
+    writing.mkdir()
+    (writing / "rows.txt").write_text("0\n")
+    (writing / "frames.npy").write_bytes(b"\x93NUMPY")
+    frames = bank.open_bank(tmp_path, split="train", num_clips=2, num_frames=2, image_size=32, patch_size=8).frames
+    assert frames.any(axis=(1, 2, 3, 4)).all()
 
 
 def test_mp4_keeps_shape_and_roughly_the_pixels(prepared: TrainConfig) -> None:

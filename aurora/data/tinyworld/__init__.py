@@ -3,7 +3,7 @@
 seed -> `sample_scene` -> `render_clip` -> `write_mp4`, and from the same scene graph `captions` and `qa_pairs`.
 """
 
-from .dataset import Codec, DatasetConfig, build_bank, conversations, through_codec, write_dataset
+from .dataset import DatasetConfig, conversations, write_dataset
 from .language import QA, SLOT_WORDS, Category, caption_prompts, captions, qa_pairs, storyboard, text_corpus
 from .render import MASK_CLASSES, frame_masks, frame_times, render_clip, render_frame, write_mp4
 from .scene import FRAME_TASKS, SLOTS, Scene, frame_targets, sample_scene
@@ -15,10 +15,8 @@ __all__ = [
     "SLOTS",
     "SLOT_WORDS",
     "Category",
-    "Codec",
     "DatasetConfig",
     "Scene",
-    "build_bank",
     "caption_prompts",
     "captions",
     "conversations",
@@ -31,7 +29,6 @@ __all__ = [
     "sample_scene",
     "storyboard",
     "text_corpus",
-    "through_codec",
     "write_dataset",
     "write_mp4",
 ]

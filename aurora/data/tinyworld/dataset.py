@@ -1,24 +1,18 @@
-"""TinyWorld on disk: a dataset of mp4 clips with conversations, and banks of decoded frames for training.
+"""TinyWorld on disk: a dataset of mp4 clips with conversations.
 
 A dataset folder holds `clips/<split>_<seed>.mp4`, `conversations.jsonl` (LLaVA-style, as training reads it) and
-`scenes.jsonl` (the facts behind each clip, as the mini VDC reads them). A bank is one `.npy` array that training maps
-into memory.
+`scenes.jsonl` (the facts behind each clip, as the mini VDC reads them).
 """
 
 import io
 import json
 import multiprocessing
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 
 import numpy as np
-from numpy.lib.format import open_memmap
-from numpy.typing import NDArray
-from PIL import Image
 
 from .language import caption_prompts, captions, qa_pairs
 from .render import Frames, encode_h264, render_clip, write_mp4
@@ -26,14 +20,6 @@ from .scene import SPLITS, Scene, sample_scene
 
 CHUNK_CLIPS = 64
 """Clips a process renders between two notes of progress."""
-
-
-class Codec(Enum):
-    """What a bank's frames went through before they are stored."""
-
-    none = "none"
-    jpeg = "jpeg"
-    h264 = "h264"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -182,29 +168,6 @@ def _progress(results: Iterator[int], total: int, title: str, show: bool) -> Ite
     yield from track(results, description=title, total=total)
 
 
-def through_codec(frames: Frames, codec: Codec, seed: int) -> Frames:
-    """Frames (F, H, W, 3) as they look after lossy compression; strength varies with seed.
-
-    `jpeg` is a cheap stand-in (3 ms a clip at 96 px) for `h264` (20 ms), which is what a clip read from mp4 shows.
-    """
-    rng = np.random.default_rng([41, seed])
-    match codec:
-        case Codec.none:
-            return frames
-        case Codec.jpeg:
-            quality = int(rng.integers(60, 96))
-            return np.stack([_jpeg(frame, quality) for frame in frames])
-        case Codec.h264:
-            return through_h264(frames, crf=int(rng.integers(16, 25)))
-
-
-def _jpeg(frame: Frames, quality: int) -> Frames:
-    buffer = io.BytesIO()
-    Image.fromarray(frame).save(buffer, "JPEG", quality=quality)
-    buffer.seek(0)
-    return np.asarray(Image.open(buffer))
-
-
 def through_h264(frames: Frames, *, crf: int = 20) -> Frames:
     """Encode frames (F, H, W, 3) as H.264 and decode them again; same shape, colours as a decoder gives them."""
     import av
@@ -214,68 +177,3 @@ def through_h264(frames: Frames, *, crf: int = 20) -> Frames:
     buffer.seek(0)
     with av.open(buffer, "r") as written:
         return np.stack([np.asarray(frame.to_ndarray(format="rgb24"), np.uint8) for frame in written.decode(video=0)])
-
-
-def build_bank(
-    path: str | Path,
-    seeds: Sequence[int],
-    split: str = "train",
-    *,
-    num_frames: int = 8,
-    image_size: int = 96,
-    codec: Codec | str = Codec.h264,
-    workers: int = 2,
-    progress: bool = True,
-) -> NDArray[np.uint8]:
-    """Render clips into one .npy file, or open it if it is complete; a killed run goes on where it stopped.
-
-    Frame i of the result is the clip of `sample_scene(seeds[i], split)`. 8 frames of 96 px are 221 kB a clip.
-
-    Args:
-        path: Target .npy file; its folder is made if absent. Beside it stands `<path>.json` with the settings.
-        seeds: Clip seeds.
-        split: See `sample_scene`.
-        num_frames: Frames per clip.
-        image_size: Side of a frame in pixels.
-        codec: Compression the frames go through; a model that will read mp4 should train on `h264` or `jpeg`.
-        workers: Processes.
-        progress: Show a progress bar.
-
-    Returns:
-        Read-only memory map, uint8 (len(seeds), num_frames, image_size, image_size, 3).
-
-    Raises:
-        ValueError: if the file was made with other settings, or seeds are empty.
-    """
-    target, codec = Path(path), Codec(codec)
-    if not len(seeds):
-        raise ValueError("seeds=[]: want at least one")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    spec: dict[str, object] = {"split": split, "num_frames": num_frames, "image_size": image_size, "codec": codec.value}
-    spec["seeds"] = [seeds[0], seeds[-1], len(seeds), zlib.crc32(np.asarray(seeds, np.int64).tobytes())]
-    _check_settings(target.with_name(target.name + ".json"), spec)
-    if not target.exists():
-        shape = (len(seeds), num_frames, image_size, image_size, 3)
-        part, notes = target.with_name(target.name + ".part"), target.with_name(target.name + ".done")
-        done = {int(line) for line in notes.read_text().split()} if part.exists() and notes.exists() else set()
-        if not done:
-            open_memmap(part, mode="w+", dtype=np.uint8, shape=shape).flush()
-            notes.write_text("")
-        starts = [start for start in range(0, len(seeds), CHUNK_CLIPS) if start not in done]
-        jobs = [(part, start, list(seeds[start : start + CHUNK_CLIPS]), split, codec) for start in starts]
-        for start in _progress(_spread(_fill_bank, jobs, workers), len(jobs), "rendering", progress):
-            with notes.open("a") as stream:
-                stream.write(f"{start}\n")
-        part.replace(target)
-        notes.unlink()
-    bank: NDArray[np.uint8] = np.load(target, mmap_mode="r")
-    return bank
-
-
-def _fill_bank(part: Path, start: int, seeds: list[int], split: str, codec: Codec) -> int:
-    bank = np.load(part, mmap_mode="r+")
-    for offset, seed in enumerate(seeds):
-        clip = render_clip(sample_scene(seed, split), num_frames=bank.shape[1], image_size=bank.shape[2])
-        bank[start + offset] = through_codec(clip, codec, seed)
-    bank.flush()
-    return start

@@ -1,0 +1,1 @@
+"""Measurements: several implementations of one thing, timed alternately in one process, written as JSON."""

@@ -1,0 +1,137 @@
+"""Static decode steps against the ones of growing caches; recording itself needs a GPU."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from aurora.generation import SamplingConfig, generate, graphs
+from aurora.generation.engine import PromptState, extend, prefill
+from aurora.generation.graphs import GraphDecoder, StaticStep, Stepper, make_stepper
+from aurora.generation.state import Decoder
+from aurora.model.captioner import AuroraModel
+from aurora.model.products import Decoding
+from tests.golden import RTOL_LM, assert_close_to_golden
+from tests.golden_models import captioner
+
+LENGTHS = [9, 14, 5]
+
+
+@pytest.fixture
+def model(monkeypatch: pytest.MonkeyPatch) -> AuroraModel:
+    monkeypatch.setattr(graphs, "SMALL_BUCKETS", 8)
+    monkeypatch.setattr(graphs, "LOOK_AHEAD", 4)
+    return captioner("kv2")
+
+
+def _read(model: AuroraModel, *, biased: bool = False) -> PromptState:
+    """Three prompts of different lengths, read together."""
+    generator = torch.Generator().manual_seed(5)
+    ids = torch.randint(3, 256, (3, max(LENGTHS)), generator=generator)
+    mask = torch.arange(max(LENGTHS)) >= max(LENGTHS) - torch.tensor(LENGTHS)[:, None]
+    with torch.no_grad():
+        spliced = model.splice(ids, None, attention_mask=mask, padding_side="left")
+    if biased:
+        spliced = spliced._replace(key_bias=torch.rand(ids.shape, generator=generator))
+    return prefill(model, spliced)
+
+
+def _decode(decoder: Stepper, num_steps: int, *, keep: int | None = None, reorder: int | None = None) -> list[Tensor]:
+    """Logits of steps with given ids; after step `keep` row 1 leaves, after `reorder` the rows change places."""
+    steps = torch.randint(3, 256, (num_steps, 3), generator=torch.Generator().manual_seed(7))
+    rows, logits = torch.arange(3), []
+    with torch.inference_mode():
+        for step, ids in enumerate(steps):
+            logits.append(decoder.step(ids[rows]))
+            if step == keep:
+                rows = torch.tensor([0, 2])
+                decoder.keep(rows)
+            if step == reorder:
+                decoder.reorder(torch.tensor([1, 1, 0]))
+    return logits
+
+
+def _expect_equal(got: list[Tensor], want: list[Tensor]) -> None:
+    for mine, theirs in zip(got, want, strict=True):
+        assert_close_to_golden(mine, theirs, RTOL_LM)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("keep", [None, 3])
+def test_static_steps_equal_direct_ones_over_bucket_borders(model: AuroraModel, keep: int | None, biased: bool) -> None:
+    want = _decode(Decoder(model, _read(model, biased=biased), 30), 30, keep=keep)
+    _expect_equal(_decode(GraphDecoder(model, _read(model, biased=biased), 30), 30, keep=keep), want)
+    slots = {key[1] for key in model.language_model.products.steps}
+    assert slots == {24, 32, 48}  # 14 tokens and 4 to come; multiples of 8 up to 32, then of 16
+
+
+def test_forked_prompts_are_written_out(model: AuroraModel) -> None:
+    suffixes = [[7, 8, 9], [10], []]
+    want, got = (
+        _decode(kind(model, extend(model, _read(model), suffixes, [2, 0, 2]), 9), 9) for kind in (Decoder, GraphDecoder)
+    )
+    _expect_equal(got, want)
+
+
+def test_beams_change_places_behind_their_prompt(model: AuroraModel) -> None:
+    states = [extend(model, _read(model), [[], [], []], [1, 1, 1]) for _ in range(2)]
+    want = _decode(Decoder(model, states[0], 12), 12, reorder=5)
+    _expect_equal(_decode(GraphDecoder(model, states[1], 12), 12, reorder=5), want)
+
+
+def test_a_step_is_used_again_but_never_by_two_at_once(model: AuroraModel) -> None:
+    first, second = (GraphDecoder(model, _read(model), 4) for _ in range(2))
+    assert first._static is not second._static
+    recorded = weakref.ref(first._static)
+    want = _decode(Decoder(model, _read(model), 4), 4)
+    _expect_equal(_decode(first, 4), want)
+    _expect_equal(_decode(second, 4), want)
+    del first
+    gc.collect()
+    third = GraphDecoder(model, _read(model), 4)
+    assert third._static is recorded()
+    _expect_equal(_decode(third, 4), want)
+
+
+def test_steps_go_when_weights_change(model: AuroraModel) -> None:
+    decoder = GraphDecoder(model, _read(model), 4)
+    _decode(decoder, 2)
+    del decoder
+    assert len(model.language_model.products.steps) == 1
+    model.double()
+    assert not model.language_model.products.steps
+
+
+def test_only_so_many_steps_are_kept(model: AuroraModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "MOST_STEPS_KEPT", 2)
+    _decode(GraphDecoder(model, _read(model), 30), 30)
+    assert [key[1] for key in model.language_model.products.steps] == [32, 48]
+
+
+def test_a_cpu_decodes_directly(model: AuroraModel) -> None:
+    assert isinstance(make_stepper(model, _read(model), 4), Decoder)
+
+
+@pytest.mark.slow
+def test_the_step_compiles_whole(model: AuroraModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is recorded on a GPU traces without a break; here with the products that a GPU has, which are no copies."""
+    monkeypatch.setattr("aurora.model.products.SHARE_OF_MEMORY", 0.0)
+    want = _decode(Decoder(model, _read(model), 4), 4)
+    model.language_model.decoding = Decoding.compiled
+    _expect_equal(_decode(GraphDecoder(model, _read(model), 4), 4), want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", [Decoding.recorded, Decoding.compiled])
+def test_recorded_steps_give_the_same_ids(mode: Decoding) -> None:
+    model = captioner("kv2").cuda()
+    spliced = model.splice(torch.randint(3, 256, (2, 40), device="cuda"), None, padding_side="left")
+    sampling = SamplingConfig(max_new_tokens=50, eos_token_id=-1)
+    model.language_model.decoding = Decoding.direct
+    want = generate(model, spliced, sampling).sequences
+    model.language_model.decoding = mode
+    for _ in range(2):  # recorded, then replayed by another answer
+        assert torch.equal(generate(model, spliced, sampling).sequences, want)
+    assert any(isinstance(step, StaticStep) and step.graph for step in model.language_model.products.steps.values())
