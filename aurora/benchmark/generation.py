@@ -28,26 +28,24 @@ from aurora.runtime import Dtype, resolve_device, resolve_dtype, seed_everything
 """The bundled model."""
 
 
-def run(config: BenchmarkConfig) -> list[Row]:
+def run(config: BenchmarkConfig) -> Iterator[Row]:
     """Measure generation.
 
     Args:
         config: quick takes tiny models and few tokens; device as elsewhere. On a CPU threads fixes their number.
 
-    Returns:
-        A row per comparison and side; `wanted` is the ratio we want of it.
+    Yields:
+        A row per comparison and side, as soon as its part is measured; `wanted` is the ratio we want of it.
     """
     device = resolve_device(config.device)
     console = Console(stderr=True)
-    rows: list[Row] = []
     for name, part in _parts(config, device, console):
         console.print(name, highlight=False)
         seed_everything(config.seed)
-        rows += part()
+        yield from part()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 def _parts(
@@ -86,6 +84,12 @@ def _batching(config: BenchmarkConfig, device: torch.device) -> list[Row]:
         return [*shared, *mixed]
     # Two frames: the less of a prompt is shared, the harder it is for one call to be cheap.
     large = AuroraForConditionalGeneration(build_captioner(smollm2(quick=False)[0])).to(device).eval()
+    processor = AuroraProcessor(
+        processor.image_processor,
+        processor.tokenizer,
+        processor.video_processor,
+        image_token_index=large.config.image_token_index,
+    )
     few = {"threads": threads, "repeats": 1}
     rows = measure_shared_prompts(large, processor, num_frames=2, token_kept_ratio=0.2, max_new_tokens=tokens, **few)
     for row in rows:

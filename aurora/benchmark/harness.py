@@ -213,24 +213,37 @@ def print_header(report: Mapping[str, Any]) -> None:
 
 
 def print_table(title: str, rows: Sequence[Row]) -> None:
-    """Print rows as a table; its columns are the keys in order of appearance, numbers with three digits.
+    """Print rows as tables, one for each `op`; numbers have three digits.
+
+    Columns are the keys in order of appearance. What all rows of an op share stands above its table instead.
 
     Args:
-        title: What stands above it.
+        title: What stands above them.
         rows: Lines; a key that a row lacks is left blank.
     """
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    numeric = {c for c in columns if all(isinstance(row.get(c), int | float | None) for row in rows)}
-    for column in columns:
-        table.add_column(column, justify="right" if column in numeric else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(_shown(row.get(column)) for column in columns))
     # A pipe has no width; a table that is cut there would lose its numbers.
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(title, style="bold", highlight=False)
+    for op in dict.fromkeys(row.get("op") for row in rows):
+        group = [{key: value for key, value in row.items() if key != "op"} for row in rows if row.get("op") == op]
+        columns = list(dict.fromkeys(key for row in group for key in row))
+        shared = {
+            column: group[0][column]
+            for column in columns
+            if len(group) > 1 and all(column in row and row[column] == group[0][column] for row in group)
+        }
+        words = [_shown(op), *(f"{key} {_shown(value)}" for key, value in shared.items() if value is not None)]
+        table = Table(title=", ".join(filter(None, words)), title_justify="left", title_style="")
+        numeric = {c for c in columns if all(isinstance(row.get(c), int | float | None) for row in group)}
+        columns = [column for column in columns if column not in shared]
+        for column in columns:
+            table.add_column(column, justify="right" if column in numeric else "left", overflow="fold")
+        for row in group:
+            table.add_row(*(_shown(row.get(column)) for column in columns))
+        console.print(table)
 
 
 def write_report(suite: str, report: Mapping[str, Any], rows: Sequence[Row], output: str | None = None) -> Path:

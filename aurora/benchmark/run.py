@@ -31,10 +31,16 @@ def benchmark(config: BenchmarkConfig) -> list[dict[str, Any]]:
         print("quick=true: tiny shapes and few repeats, no speed claim")
         report["claim"] = "quick run: no speed claim"
     suite = importlib.import_module(f"aurora.benchmark.{config.suite.value}")
-    rows: list[dict[str, Any]] = suite.run(config)
     name = config.suite.value if config.op is None else f"{config.suite.value}-{config.op.value}"
-    print_table(name, rows)
-    write_report(name + ("-quick" if config.quick else ""), report, rows, config.output)
+    rows: list[dict[str, Any]] = []
+    try:
+        for row in suite.run(config):
+            rows.append(row)
+    finally:
+        # What was measured before a failure or Ctrl-C is kept too: some suites take many minutes.
+        if rows:
+            print_table(name, rows)
+            write_report(name + ("-quick" if config.quick else ""), report, rows, config.output)
     if failed := [row["step"] for row in rows if row.get("result") == "failed"]:
         raise ValueError(f"failed: {', '.join(failed)}; what they printed stands above")
     return rows

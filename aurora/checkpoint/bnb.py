@@ -20,6 +20,8 @@ from aurora.checkpoint.quantization import BitsAndBytesConfig
 BLOCK_SIZE = 64
 """Weights that share a scale, in 4 bit."""
 _NESTED_BLOCK_SIZE = 256
+_AT_ONCE = 2**20
+"""Weights, a multiple of twice the block."""
 
 
 class _Once(logging.Filter):
@@ -88,12 +90,19 @@ def quantize(quantization: BitsAndBytesConfig, weight: Tensor) -> dict[str, Tens
     if quantization.load_in_8bit:
         rounded, scales, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
         return {"weight": rounded, "SCB": scales}
-    packed, state = functional.quantize_4bit(
-        weight.contiguous(),
-        blocksize=BLOCK_SIZE,
-        compress_statistics=quantization.bnb_4bit_use_double_quant,
-        quant_type=quantization.bnb_4bit_quant_type,
-    )
+    kind, nested = quantization.bnb_4bit_quant_type, quantization.bnb_4bit_use_double_quant
+    flat = weight.contiguous().view(-1)
+    # On a CPU the package holds five times what it rounds, so it gets a few blocks at once, which come out the same. It
+    # would also compile, which takes more time and memory than the rounding.
+    with torch.compiler.set_stance("force_eager"):
+        pieces = flat.split(_AT_ONCE) if flat.device.type == "cpu" else (flat,)
+        parts = [functional.quantize_4bit(piece, blocksize=BLOCK_SIZE, quant_type=kind) for piece in pieces]
+    packed, scales = (torch.cat(tensors) for tensors in zip(*((part, state.absmax) for part, state in parts)))
+    state = parts[0][1]
+    state.shape, state.absmax = weight.shape, scales
+    if nested:
+        state.nested, state.offset = True, scales.mean()
+        state.absmax, state.state2 = functional.quantize_blockwise(scales - state.offset, blocksize=_NESTED_BLOCK_SIZE)
     return {"weight": packed, **{f"weight.{key}": tensor for key, tensor in state.as_dict(packed=True).items()}}
 
 

@@ -55,6 +55,7 @@ from aurora.model.attention_backends import check_backend
 from aurora.model.captioner import AuroraConfig, AuroraModel
 from aurora.model.llama import Llama
 from aurora.model.vision import VisionTower
+from aurora.runtime import release_free_memory
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja"]
@@ -281,6 +282,8 @@ def _fill_linears(
             stored = quantize_weight(quantization, in_full.read().to(device))
             used.add(f"{name}.weight")
         replace_linear(llama, name, build_linear(quantization, shape, stored))
+        if found.quantization is None and torch.device(device).type == "cpu":
+            release_free_memory()  # else weights in full would be freed, and held all the same
     return {name: tensor for name, tensor in tensors.items() if name not in used}
 
 

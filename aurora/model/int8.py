@@ -88,7 +88,9 @@ def int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor) -> Tensor:
         if rows.storage_offset() % _PACKED_INPUTS:
             rows = rows.clone()
         flat = torch._weight_int8pack_mm(rows, weight, weight_scale)
-        return flat.view(*x.shape[:-1], weight.shape[0]).to(x.dtype)
+        if x.dtype is not torch.bfloat16:
+            flat = flat.to(x.dtype)
+        return flat.view(*x.shape[:-1], weight.shape[0])
     return (F.linear(rows, weight.to(torch.bfloat16)) * weight_scale).to(x.dtype)
 
 

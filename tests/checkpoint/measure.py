@@ -1,7 +1,6 @@
 """One task in a fresh process and the memory it took: `python -m tests.checkpoint.measure <task> <JSON settings>`."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from aurora.checkpoint.convert import convert
 from aurora.checkpoint.layouts import get_layout
 from aurora.checkpoint.lazy import LazyTensor
 from aurora.checkpoint.pretrained import load_model
+from aurora.checkpoint.quantization import BitsAndBytesConfig
 from aurora.checkpoint.store import atomic_folder
 from aurora.checkpoint.writing import write_checkpoint
 from aurora.model.captioner import AuroraConfig, AuroraModel
@@ -26,6 +26,13 @@ CONFIGS = {
     "2gb": AuroraConfig(
         vision=VisionConfig(hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4),
         text=LlamaConfig(hidden_size=2048, intermediate_size=5632, num_layers=18, num_heads=16, num_kv_heads=16),
+    ),
+    # 0.52 billion parameters: 1.04 GB in half precision.
+    "1gb": AuroraConfig(
+        vision=VisionConfig(hidden_size=256, intermediate_size=512, num_layers=2, num_heads=4),
+        text=LlamaConfig(
+            vocab_size=8000, hidden_size=2048, intermediate_size=5632, num_layers=10, num_heads=16, num_kv_heads=16
+        ),
     ),
     "7b": AuroraConfig(text=LlamaConfig(rope_scaling=RopeScaling(factor=4.0), max_seq_len=16384)),
 }
@@ -92,14 +99,27 @@ def describe(*, folder: str) -> dict[str, Any]:
     }
 
 
+def load_quantized(*, folder: str, kind: str) -> dict[str, Any]:
+    """Load a float16 checkpoint in 8 or 4 bits."""
+    settings: Any = kind
+    if kind in ("nf4", "fp4"):
+        settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind)
+    model = load_model(folder, quantization=settings)
+    tensors = [*model.parameters(), *model.buffers()]
+    return {"bytes": sum(tensor.numel() * tensor.element_size() for tensor in tensors)}
+
+
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "write": write, "load": load, "convert": transcode, "describe": describe,
+    "load_quantized": load_quantized,
 }  # fmt: skip
 
 
 def peak_bytes() -> int:
     """Largest resident size of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    # Not ru_maxrss, over which exec carries the peak of the process that started this one.
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
 if __name__ == "__main__":

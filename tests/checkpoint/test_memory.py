@@ -1,4 +1,4 @@
-"""Memory of loading and converting, as ru_maxrss of a fresh process; and one round at the full size of 7B."""
+"""Memory of loading and converting, as the peak of a fresh process; and one round at the full size of 7B."""
 
 import json
 import os
@@ -18,13 +18,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def measured(task: str, **settings: Any) -> dict[str, Any]:
-    """Run a task of `measure.py` in a process of its own.
-
-    A shell stands between: exec carries the parent's peak over into ru_maxrss, and pytest's is larger than the base.
-    """
+    """Run a task of `measure.py` in a process of its own."""
     command = [sys.executable, "-m", "tests.checkpoint.measure", task, json.dumps(settings)]
     done = subprocess.run(
-        ["sh", "-c", '"$@"; exit $?', "sh", *command], cwd=ROOT, capture_output=True, text=True, timeout=1800,
+        command, cwd=ROOT, capture_output=True, text=True, timeout=1800,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
