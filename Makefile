@@ -9,7 +9,7 @@ INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c re
 INPUTS = pyproject.toml requirements/constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs gpu test check test-slow format clean .venv-triton36 .venv-llama
+.PHONY: help demo docs gpu test check test-slow test-lmms format clean .venv-triton36 .venv-llama
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' Makefile | column -t -s '|' 2>/dev/null \
@@ -26,8 +26,11 @@ check: .venv/.dev ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-slow: .venv/.slow .venv-triton36 ## the tests that take long or start other programs
+test-slow: .venv/.slow .venv-triton36 .venv-lmms/.ready ## the tests that take long or start other programs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow --timeout 1800
+
+test-lmms: .venv/.dev .venv-lmms/.ready ## our model and a task of ours in lmms-eval as it is published
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m slow tests/evaluation/test_lmms.py --timeout 900
 
 gpu: .venv/.dev ## on a machine with a GPU: its tests and all measurements, into docs/results/<device>.json
 	$(BIN)/python scripts/benchmark.py suite=device
@@ -40,7 +43,7 @@ format: .venv/.dev ## rewrite the code in the house format
 	$(BIN)/ruff format .
 
 clean: ## remove the environment, caches and outputs
-	rm -rf .venv .venv-triton36 .venv-llama .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist outputs ./*.egg-info
+	rm -rf .venv .venv-lmms .venv-triton36 .venv-llama .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist outputs ./*.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -64,6 +67,15 @@ $(BIN)/python:
 	@echo "installing Triton 3.6 into .venv-triton36 (once)"
 	@$(PYTHON) -m venv .venv-triton36
 	@.venv-triton36/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/triton36.txt
+	@touch $@
+
+# lmms-eval's own pins clash with Hydra's.
+.venv-lmms/.ready: requirements/lmms.txt pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv among: $(CANDIDATES)"; exit 1; }
+	@echo "installing lmms-eval into .venv-lmms (once)"
+	@$(PYTHON) -m venv .venv-lmms
+	@.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/lmms.txt
+	@.venv-lmms/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
 	@touch $@
 
 # llama.cpp, a reference of `benchmark suite=generation`; it compiles for minutes and needs cmake and a C++ compiler.

@@ -18,11 +18,13 @@ from omegaconf import MISSING, DictConfig
 from torch import Tensor
 
 from aurora.checkpoint.pretrained import resolve_checkpoint
+from aurora.checkpoint.quantization import KINDS
 from aurora.config import load_config, register_schema
 from aurora.generation.engine import Streamer
 from aurora.generation.memory import available_bytes, row_bytes
 from aurora.generation.sampling import SamplingConfig
 from aurora.generation.streaming import TextCallback, cut_at_stop
+from aurora.model.attention_backends import BACKENDS
 from aurora.model.merge import MergeConfig
 from aurora.modeling import AuroraForConditionalGeneration, GenerateOutput
 from aurora.processing.chat import IMAGE_TOKEN
@@ -57,6 +59,10 @@ class CaptionConfig(RuntimeConfig):
     """What to ask about each input."""
     model_path: str | None = None
     """Checkpoint folder or hub id; null is the bundled aurora-tiny."""
+    quantization: str | None = None
+    """Read the language model in fewer bits: int8 (ours), int8_bnb, nf4 or fp4 (bitsandbytes); null leaves it as it is."""
+    attn_implementation: str = "auto"
+    """Attention: auto, eager, sdpa, triton or flash_attention_2; what is asked for runs, or the run stops."""
     num_frm: int = 8
     """Frames sampled from a video, evenly over its length; an image is one frame."""
     token_kept_ratio: float | None = None
@@ -110,6 +116,10 @@ class CaptionConfig(RuntimeConfig):
             raise ValueError("visual_input='': want an image, a video, a folder or a glob")
         if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
             raise ValueError(f"batch_size={self.batch_size}: want auto or a number of at least 1")
+        if self.quantization not in (None, *KINDS):
+            raise ValueError(f"quantization={self.quantization}: want null or one of {', '.join(KINDS)}")
+        if self.attn_implementation not in BACKENDS:
+            raise ValueError(f"attn_implementation={self.attn_implementation}: want one of {', '.join(BACKENDS)}")
         _ = self.sampling  # checks the rest
 
     @property
@@ -179,7 +189,11 @@ class Captioner:
         path = resolve_checkpoint(config.model_path if config.model_path is not None else BUNDLED_MODEL)
         processor = AuroraProcessor.from_pretrained(path)
         model = AuroraForConditionalGeneration.from_pretrained(
-            path, torch_dtype=resolve_dtype(config.dtype, device), device_map=device
+            path,
+            torch_dtype=resolve_dtype(config.dtype, device),
+            device_map=device,
+            attn_implementation=config.attn_implementation,
+            quantization_config=config.quantization,
         )
         return cls(model, processor, config)
 
@@ -450,6 +464,7 @@ def _shared_columns(config: CaptionConfig) -> dict[str, Any]:
             "num_frm": config.num_frm,
             "image_aspect_ratio": config.image_aspect_ratio and config.image_aspect_ratio.value,
             "dtype": config.dtype.value,
+            "quantization": config.quantization,
             **merge,
             **dataclasses.asdict(config.sampling),
         },

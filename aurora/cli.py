@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -27,9 +28,13 @@ if TYPE_CHECKING:
 # Verb -> the module whose `main` it is, and what it does.
 VERBS = {
     "caption": ("aurora.captioning", "describe images and videos: a file, a folder or a glob"),
-    "visualize": ("aurora.visualization.visualize", "draw which patches of an image or a video merged"),
-    "evaluate": ("aurora.evaluation.run", "score a checkpoint on TinyVDC at several kept ratios"),
-    "train": ("aurora.training.tiny", "train a model by a recipe, such as experiment=aurora_tiny"),
+    "visualize": (
+        "aurora.visualization.visualize",
+        "draw, animate or explore which patches merged",
+    ),
+    "evaluate": ("aurora.evaluation.run", "score a checkpoint on TinyVDC, or on VDC with a judge"),
+    "sweep": ("aurora.evaluation.sweep", "compare kept ratios, schedules and other ways of dropping tokens"),
+    "train": ("aurora.training.run", "train a model by a recipe, such as experiment=aurora_tiny"),
     "benchmark": ("aurora.benchmark.run", "time kernels, the encoder or decoding against their alternatives"),
     "convert": ("aurora.conversion", "write a checkpoint in another layout"),
     "prepare": ("aurora.data.prepare", "check a dataset of conversations and tokenise it for training"),
@@ -275,9 +280,11 @@ def _shown(value: Any) -> str:
 
 
 def _type_name(annotation: Any) -> str:
-    if typing.get_origin(annotation) is list:
-        return "a list in brackets, such as [1,2], each item " + _type_name(typing.get_args(annotation)[0])
-    options = [option for option in typing.get_args(annotation) if option is not type(None)] or [annotation]
+    options = [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        options = [option for option in typing.get_args(annotation) if option is not type(None)]
+    if typing.get_origin(options[0]) is list:
+        return "a list in brackets, such as [1,2], each item " + _type_name(typing.get_args(options[0])[0])
     if isinstance(options[0], type) and issubclass(options[0], Enum):
         return "one of " + ", ".join(options[0].__members__)
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

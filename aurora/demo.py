@@ -31,6 +31,7 @@ from aurora.visualization.visualize import TracedRun, film_strip, seen_pictures
 RATIOS = (1.0, 0.4, 0.2, 0.1)
 NUM_FRAMES = 8
 MAX_NEW_TOKENS = 160
+PHASES = ("encode", "prefill", "decode")
 _MAX_COLUMNS = 100
 
 
@@ -181,7 +182,7 @@ def _clip_table(clip: Clip, results: Iterable[Result], width: int) -> Table:
         table.add_row(
             str(result.ratio),
             f"{sum(result.counts)} of {result.patches}\n{result.counts[-1]} a frame",
-            "\n".join(f"{seconds:.2f} {phase}" for phase, seconds in result.seconds.items()),
+            "\n".join(f"{result.seconds[phase]:.2f} {phase}" for phase in PHASES),
             Text(f"{_printable(result.caption)} ({result.facts_right} of {result.num_facts} facts)"),
             end_section=True,
         )
@@ -203,7 +204,7 @@ def _summary_table(results: dict[str, list[Result]], ratios: Iterable[float]) ->
         tokens, patches = (
             sum(values) for values in zip(*((sum(row.counts), row.patches) for row in rows), strict=True)
         )
-        means = [f"{fmean(row.seconds[phase] for row in rows):.3f}" for phase in ("encode", "prefill", "decode")]
+        means = [f"{fmean(row.seconds[phase] for row in rows):.3f}" for phase in PHASES]
         right = sum(row.facts_right for row in rows) / sum(row.num_facts for row in rows)
         table.add_row(str(ratio), f"{tokens / len(rows):.0f}", f"{tokens / patches:.1%}", f"{right:.0%}", *means)
     return table

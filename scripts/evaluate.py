@@ -1,4 +1,4 @@
-"""Score a captioner on TinyWorld clips: `python scripts/evaluate.py experiment=tinyvdc`."""
+"""Score a captioner: `python scripts/evaluate.py experiment=tinyvdc`, or `experiment=vdc data.root=...`."""
 
 import sys
 

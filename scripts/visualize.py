@@ -1,4 +1,4 @@
-"""Draw which patches merged: `python scripts/visualize.py visual_input=clip.mp4 output=merged.png`."""
+"""Draw what merged: `python scripts/visualize.py visual_input=clip.mp4 output=merged.png` (.svg, .gif, .mp4, .html)."""
 
 import sys
 

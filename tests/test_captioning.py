@@ -111,7 +111,7 @@ def test_a_clip_gives_text_and_a_row(tiny_model, media, tmp_path, capsys):
     assert row["patches"] == 8 * 36
     assert row["visual_tokens"] == sum(row["visual_tokens_per_frame"]) < 8 * 36
     assert len(row["visual_tokens_per_frame"]) == 8
-    assert set(row["seconds"]) == {"load_video", "preprocess", "encode", "prefill", "decode"}
+    assert set(row["seconds"]) == {"load_video", "preprocess", "encode", "prefill", "decode", "warmup"}
     assert 1 <= row["new_tokens"] <= 5
 
 
@@ -129,6 +129,15 @@ def test_delivered_tokens_follow_the_settings(tiny_model, media, tmp_path, setti
     output = tmp_path / "out.jsonl"
     cli.main(command(tiny_model, f"visual_input={media / 'a, b=1.mp4'}", f"output={output}", *settings))
     assert rows_of(output)[0]["visual_tokens"] == tokens
+
+
+def test_a_quantised_model_captions(tiny_model, media, tmp_path):
+    output = tmp_path / "out.jsonl"
+    clip = f"visual_input={media / 'a, b=1.mp4'}"
+    cli.main(command(tiny_model, clip, f"output={output}", "quantization=int8", "attn_implementation=eager"))
+    (row,) = rows_of(output)
+    assert row["settings"]["quantization"] == "int8"
+    assert row["caption"]
 
 
 def test_an_image_is_one_frame(tiny_model, media, tmp_path):
@@ -188,6 +197,8 @@ def test_when_all_fail_the_run_fails(tiny_model, tmp_path, capsys):
         (["visual_input={media}/short.mp4", "batch_size=all"], "batch_size=all: want auto or a number of at least 1"),
         (["visual_input={media}/short.mp4", "device=tpu"], "device=tpu"),
         (["visual_input={media}/short.mp4", "dtype=int8"], "dtype=int8: want one of auto, float32, float16, bfloat16"),
+        (["visual_input={media}/short.mp4", "quantization=int7"], "quantization=int7: want null or one of int8"),
+        (["visual_input={media}/short.mp4", "attn_implementation=fast"], "attn_implementation=fast: want one of auto"),
         (["visual_input={media}/short.mp4", "slowfast=true"], "did you mean merge.slowfast?"),
         (["visual_input={media}/short.mp4", "+num_frames=4"], "unknown key num_frames; did you mean num_frm?"),
         (["visual_input={media}/short.mp4", "merge=exactly"], "merge/exactly"),

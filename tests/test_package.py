@@ -44,6 +44,11 @@ HEAVY = [
     "sentencepiece",
     "tokenizers",
     "matplotlib",
+    "gradio",
+    "fastapi",
+    "tensorboard",
+    "wandb",
+    "playwright",
 ]
 
 

@@ -78,7 +78,10 @@ def write_preprocessor(source: Path, configs: Mapping[str, JsonDict], target: Pa
 
 
 def add_tokens(folder: Path, config: AuroraConfig, target: Layout) -> None:
-    """Tell the tokenizer and the processor in `folder` about the tokens that an export puts behind the vocabulary."""
+    """Tell the tokenizer in `folder` about the tokens that an export puts behind the vocabulary.
+
+    The processor keeps its placeholder: read here, the model has its own again, and other readers go by the token.
+    """
     if not target.rows_to_add(config):
         return
     first = config.text.vocab_size
@@ -95,9 +98,6 @@ def add_tokens(folder: Path, config: AuroraConfig, target: Layout) -> None:
         content = _editable(folder / "tokenizer_config.json", "added_tokens_decoder", dict)
         content["added_tokens_decoder"] |= entries
         write_json(folder / "tokenizer_config.json", content)
-    if (folder / "processor_config.json").is_file():
-        content = read_json(folder / "processor_config.json")
-        write_json(folder / "processor_config.json", content | {"image_token_index": first})
 
 
 def remove_tokens(folder: Path, config: AuroraConfig) -> None:

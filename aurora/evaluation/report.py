@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
+from aurora.evaluation.tables import table
 from aurora.evaluation.tinyvdc import CATEGORIES, REQUIRED, Report, Score
 from aurora.generation.options import MergeOptions
 
@@ -123,15 +124,15 @@ def markdown(record: Mapping[str, Any]) -> str:
         f"## {record['model']} on TinyVDC: {record['clips']}",
         f"Share of the required facts that a caption states rightly, in per cent; {first['name']}. Chance is the best "
         "constant caption.",
-        _table(["category", "right", "95 % interval", "chance", "held-out pairs"], _category_rows(first["scores"])),
+        table(["category", "right", "95 % interval", "chance", "held-out pairs"], _category_rows(first["scores"])),
         f"Operating points ({first['num_frames']} frames a clip); the share is of the first row's mean.",
-        _table(
+        table(
             ["tokens kept", "a frame", "mean", "95 % interval", "share", "held-out pairs", *CATEGORIES, "s a clip"],
             [_point_row(point) for point in record["points"]],
         ),
         _controls(record["points"]),
         f"Facts, {first['name']}:",
-        _table(["fact", *CATEGORIES], _fact_rows(first["scores"])),
+        table(["fact", *CATEGORIES], _fact_rows(first["scores"])),
         f"{record['environment'].get('device', '?')}, {record['settings'].get('dtype', '?')}, torch "
         f"{record['environment'].get('torch', '?')}, commit {record['environment'].get('commit', '?')}; seconds are of "
         "one process, all five captions.",
@@ -194,15 +195,3 @@ def _interval(score: Mapping[str, Any]) -> str:
 
 def _apart(score: Mapping[str, Any] | None) -> str:
     return "" if score is None else f"{_percent(score['accuracy'])} (n={score['num_clips']})"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A markdown table with aligned columns; numbers on the right."""
-    widths = [max(len(row[column]) for row in [header, *rows]) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True))]
-        return f"| {' | '.join(padded)} |"
-
-    rule = "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])])
-    return "\n".join([line(header), f"|{rule}|", *map(line, rows)])

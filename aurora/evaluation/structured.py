@@ -29,7 +29,7 @@ class ClipCaptions(NamedTuple):
 
 
 class StructuredCaptioner:
-    """Answers a fixed set of questions about clips, greedily."""
+    """Answers questions about clips, greedily: the same for every clip, or those that a call brings."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class StructuredCaptioner:
         Args:
             model: The captioner.
             processor: Of the same checkpoint.
-            questions: Name -> what to ask.
+            questions: Name -> what to ask, where a call brings no questions.
             max_new_tokens: At most so many tokens for a caption.
         """
         self.model = model.eval()
@@ -53,27 +53,39 @@ class StructuredCaptioner:
         self.max_new_tokens = max_new_tokens
 
     @torch.inference_mode()
-    def caption(self, clips: Sequence[NDArray[np.uint8]], **merging: Unpack[MergeOptions]) -> list[ClipCaptions]:
+    def caption(
+        self,
+        clips: Sequence[NDArray[np.uint8]],
+        questions: Sequence[Mapping[str, str]] | None = None,
+        **merging: Unpack[MergeOptions],
+    ) -> list[ClipCaptions]:
         """Answer every question about every clip.
 
         Args:
             clips: Frames of each clip, (F, H, W, 3) uint8 RGB; they may differ in F, H and W.
+            questions: For each clip, name -> what to ask, equally many; None asks every clip the same.
             **merging: See `MergeOptions`.
 
         Returns:
             One entry for each clip.
 
         Raises:
-            ValueError: if there is no clip, or a prompt does not fit the model.
+            ValueError: if there is no clip, clips are asked different numbers of questions, or a prompt does not
+                fit the model.
         """
         if not clips:
             raise ValueError("clips: got none, want at least one")
+        asked = [self.questions] * len(clips) if questions is None else list(questions)
+        if len(asked) != len(clips) or len({len(entry) for entry in asked}) != 1:
+            raise ValueError(
+                f"questions: got {[len(entry) for entry in asked]} for {len(clips)} clips, want equally many for each"
+            )
         preprocess = self.processor.image_processor.preprocess_frames
         pixels = [preprocess(frames).to(self.model.device, self.model.dtype) for frames in clips]
         prompts = [
             self.processor.build_prompt(question, len(frames))
-            for frames in clips
-            for question in self.questions.values()
+            for frames, entry in zip(clips, asked, strict=True)
+            for question in entry.values()
         ]
         inputs = self.processor(text=prompts).to(self.model.device)
         made = self.model.generate(
@@ -89,10 +101,10 @@ class StructuredCaptioner:
             self.processor.decode(ids[:length], skip_special_tokens=True).strip()
             for ids, length in zip(made.sequences, made.num_generated, strict=True)
         ]
-        per_clip = len(self.questions)
+        per_clip = len(asked[0])
         return [
             ClipCaptions(
-                dict(zip(self.questions, texts[start : start + per_clip], strict=True)), made.visual_token_counts[start]
+                dict(zip(entry, texts[start : start + per_clip], strict=True)), made.visual_token_counts[start]
             )
-            for start in range(0, len(texts), per_clip)
+            for start, entry in zip(range(0, len(texts), per_clip), asked, strict=True)
         ]

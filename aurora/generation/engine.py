@@ -56,7 +56,7 @@ class GenerateResult(NamedTuple):
     stopped_by: list[str]
     """Why each row ended: eos, stop (a stop string), length (max_new_tokens) or context (text.max_seq_len)."""
     seconds: dict[str, float]
-    """prefill and decode."""
+    """prefill and decode, and apart from them warmup: what later calls of this model find done."""
     logits: Tensor | None
     """With keep_logits: what each token was chosen from, before any sampling rule, (B, T_new, V) float32; behind a
     row's end they mean nothing."""
@@ -126,7 +126,7 @@ def generate(
 def _search(
     model: AuroraModel, prompt: PromptState, sampling: SamplingConfig, limits: list[int], stopper: Stopper | None
 ) -> GenerateResult:
-    start = synchronized_s(prompt.logits.device)
+    warm, start = model.language_model.products.warmup_s, synchronized_s(prompt.logits.device)
     row_of = [row for row in range(len(limits)) for _ in range(sampling.num_beams)]
     beams = extend(model, prompt, [[] for _ in row_of], row_of, room=max(limits))
     found = beam_search(
@@ -142,7 +142,7 @@ def _search(
         _limit_name(limit, sampling) if reason == "length" else reason
         for reason, limit in zip(found.stopped_by, limits, strict=True)
     ]
-    seconds = {"prefill": prompt.seconds, "decode": synchronized_s(prompt.logits.device) - start}
+    seconds = _seconds(model, prompt, start, warm)
     return GenerateResult(found.sequences, found.num_generated, stopped_by, seconds, None, found.logprobs)
 
 
@@ -166,7 +166,7 @@ class _Loop:
 
     def run(self, *, keep_logits: bool, keep_logprobs: bool) -> GenerateResult:
         logits, rows, device = self.prompt.logits, self.rows, self.prompt.logits.device
-        start = synchronized_s(device)
+        warm, start = self.model.language_model.products.warmup_s, synchronized_s(device)
         decoder = make_stepper(self.model, self.prompt, rows.most_steps)
         sampler = Sampler(
             self.sampling,
@@ -206,7 +206,7 @@ class _Loop:
             sequences=torch.tensor(rows.columns, device=device).t().contiguous(),
             num_generated=rows.num_generated,
             stopped_by=rows.stopped_by,
-            seconds={"prefill": self.prompt.seconds, "decode": synchronized_s(device) - start},
+            seconds=_seconds(self.model, self.prompt, start, warm),
             logits=kept_logits.stacked(columns) if keep_logits else None,
             logprobs=logprobs,
         )
@@ -295,6 +295,13 @@ class _Kept:
         for step, (rows, values) in enumerate(self._steps[:num_steps]):
             out[rows, step] = values
         return out
+
+
+def _seconds(model: AuroraModel, prompt: PromptState, start: float, warm: float) -> dict[str, float]:
+    """Seconds of each phase, decoding having begun at `start`, when `warm` seconds of warm-up had been counted."""
+    warm = model.language_model.products.warmup_s - warm
+    decode = synchronized_s(prompt.logits.device) - start - warm
+    return {"prefill": prompt.seconds, "decode": decode, "warmup": prompt.warmup_s + warm}
 
 
 def _steps_per_check(device: torch.device) -> int:

@@ -142,6 +142,7 @@ class StaticStep:
         self.logits: Tensor | None = None
         self._forward: Callable[..., Tensor] = language_model.__call__
         self._embed = language_model.embed
+        self._warming_up = language_model.products.warming_up
         if language_model.decoding is Decoding.compiled:
             self._forward = torch.compile(language_model.__call__, fullgraph=True, dynamic=False)
 
@@ -170,6 +171,11 @@ class StaticStep:
 
     def _record(self) -> None:
         """Record the step; the buffers are as before."""
+        with self._warming_up():
+            self._record_once()
+            torch.cuda.synchronize()
+
+    def _record_once(self) -> None:
         before = [(buffer, buffer.clone()) for buffer in (self.position, self.cache.slot)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())

@@ -44,6 +44,8 @@ class PromptState:
     """How much of the context each prompt takes: its tokens, or its last position where that is more."""
     seconds: float
     """How long reading took."""
+    warmup_s: float
+    """Seconds of warm-up before it: arranging the weights."""
 
 
 @torch.inference_mode()
@@ -63,7 +65,7 @@ def prefill(model: AuroraModel, spliced: Spliced, *, room: int = 0) -> PromptSta
     """
     if not bool(spliced.attention_mask[:, -1].all()):
         raise ValueError("generate: a row ends in padding, want prompts padded on the left")
-    start = synchronized_s(spliced.inputs_embeds.device)
+    warm, start = model.language_model.products.warmup_s, synchronized_s(spliced.inputs_embeds.device)
     rows, width = spliced.attention_mask.shape
     lengths: list[int] = spliced.attention_mask.sum(dim=1).tolist()
     groups = _similar_lengths(lengths)
@@ -82,6 +84,7 @@ def prefill(model: AuroraModel, spliced: Spliced, *, room: int = 0) -> PromptSta
         cache.key_bias = spliced.key_bias.new_zeros(rows, cache.max_length)
         cache.key_bias[:, :width] = spliced.key_bias
     last: list[int] = spliced.next_position[:, 0].tolist()
+    warm = model.language_model.products.warmup_s - warm
     return PromptState(
         cache=cache,
         logits=logits,
@@ -89,7 +92,8 @@ def prefill(model: AuroraModel, spliced: Spliced, *, room: int = 0) -> PromptSta
         padded=min(lengths) < width,
         next_position=spliced.next_position,
         lengths=[max(pair) for pair in zip(lengths, last, strict=True)],
-        seconds=synchronized_s(logits.device) - start,
+        seconds=synchronized_s(logits.device) - start - warm,
+        warmup_s=warm,
     )
 
 
@@ -110,7 +114,7 @@ def extend(
         The state behind the suffixes; keys and values of the prompts are shared with `state`.
     """
     device, width, length = state.logits.device, max(map(len, suffixes)), state.cache.length
-    start = synchronized_s(device)
+    warm, start = model.language_model.products.warmup_s, synchronized_s(device)
     most = length + width + room
     cache = state.cache.fork(list(row_of), _bucket(length + width + min(room, 1), most))
     rows = torch.tensor(list(row_of), device=device)
@@ -132,6 +136,7 @@ def extend(
         )
         logits = torch.where(num_ids > 0, new[:, -1], logits)
         position = position + num_ids
+    warm = model.language_model.products.warmup_s - warm
     return PromptState(
         cache=cache,
         logits=logits,
@@ -139,7 +144,8 @@ def extend(
         padded=padded,
         next_position=position,
         lengths=[state.lengths[row] + len(text) for row, text in zip(row_of, suffixes, strict=True)],
-        seconds=synchronized_s(device) - start,
+        seconds=synchronized_s(device) - start - warm,
+        warmup_s=warm,
     )
 
 

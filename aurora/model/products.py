@@ -13,7 +13,9 @@ Shape letters: B rows, T positions, I inputs, O outputs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
@@ -73,6 +75,8 @@ class InferenceProducts:
         self.head: Product | None = None
         self.steps: dict[object, object] = {}
         """What decoding has recorded with these weights; see `aurora.generation.graphs`."""
+        self.warmup_s = 0.0
+        """Seconds spent so far on what later calls find done: arranging weights, recording steps."""
         self._marks: list[object] = []
 
     def __reduce__(self) -> tuple[type[InferenceProducts], tuple[()]]:
@@ -89,6 +93,15 @@ class InferenceProducts:
         self.layers, self.head, self._marks = [], None, []
         self.steps.clear()
 
+    @contextmanager
+    def warming_up(self) -> Iterator[None]:
+        """Count what runs inside as warm-up."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.warmup_s += time.perf_counter() - start
+
     def refresh(self, layers: Sequence[Sequence[Sequence[nn.Module]]], head: nn.Module) -> None:
         """Make the products, unless those there are hold.
 
@@ -102,7 +115,7 @@ class InferenceProducts:
             return
         self.clear()
         # Tensors made in inference mode could never be trained.
-        with torch.inference_mode(False), torch.no_grad():
+        with self.warming_up(), torch.inference_mode(False), torch.no_grad():
             copy = _copies_fit(linears)
             self.layers = [LayerProducts(*(_product(group, copy=copy) for group in groups)) for groups in layers]
             self.head = _product([head], copy=copy)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from aurora.model.captioner import AuroraModel, VisualFeatures
 from aurora.model.merge import MergeConfig
+from aurora.model.token_merging import TokenMerging
 from aurora.model.vision import VisionTrace
 
 Picture: TypeAlias = NDArray[np.uint8]
@@ -79,6 +80,22 @@ def traces_of_clip(visual: VisualFeatures, clip: int = 0) -> list[FrameTrace]:
     return [found[where] for where in sorted(found)]
 
 
+def frames_of_merging(merging: TokenMerging) -> list[FrameTrace]:
+    """List the images of the last forward pass of another library's tower.
+
+    Args:
+        merging: What `apply_token_merging(..., trace=True)` returned, after a forward pass.
+
+    Returns:
+        One entry for each image.
+
+    Raises:
+        ValueError: if nothing was recorded.
+    """
+    trace = merging.trace
+    return [FrameTrace(trace, row) for row in range(len(trace.sources[0]))]
+
+
 def group_map(trace: VisionTrace, *, layer: int = -1, row: int = 0) -> NDArray[np.int64]:
     """Tell which visual token each patch ended in.
 
@@ -133,7 +150,7 @@ def merge_map(image: Picture, labels: NDArray[np.int64], *, scale: int = 1, bord
     outline = _outline(per_pixel.repeat(scale, axis=0).repeat(scale, axis=1), thickness=max(1, scale // 3))
     owner = per_pixel.repeat(scale, axis=0).repeat(scale, axis=1)
     drawn = outline & (num_patches[owner] > 1)
-    filled[drawn] = _palette(len(groups))[owner[drawn]]
+    filled[drawn] = palette(len(groups))[owner[drawn]]
     return filled
 
 
@@ -206,8 +223,8 @@ def _outline(groups: NDArray[np.int64], *, thickness: int) -> NDArray[np.bool_]:
     return outline
 
 
-def _palette(num_colours: int) -> Picture:
-    """Bright colours far apart for neighbouring indices, (num_colours, 3)."""
+def palette(num_colours: int) -> Picture:
+    """Outline colours: bright, and far apart for neighbouring indices, (num_colours, 3)."""
     hue = (np.arange(num_colours) * _GOLDEN_ANGLE) % 1.0
     wave = np.abs((hue[:, None] * 6 + np.array([0.0, 4.0, 2.0])) % 6 - 3) - 1  # red, green, blue of a saturated hue
     colours: Picture = np.rint(255 * (0.15 + 0.85 * wave.clip(0, 1))).astype(np.uint8)

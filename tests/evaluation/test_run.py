@@ -15,7 +15,7 @@ from aurora import cli
 from aurora.config import load_config
 from aurora.data.tinyworld.language import Category, caption_prompts, captions
 from aurora.data.tinyworld.scene import sample_scene
-from aurora.evaluation import run
+from aurora.evaluation import clip_captions, run
 from aurora.evaluation.report import Measured, Point, markdown, to_record
 from aurora.evaluation.run import EvaluateConfig, checkpoint_digest, evaluate, noise_like
 from aurora.evaluation.structured import StructuredCaptioner
@@ -137,15 +137,15 @@ def test_an_evaluation_reads_files_scores_them_and_continues(random_checkpoint, 
     log = tmp_path / "out" / "captions.jsonl"
     log.write_bytes(b"".join(log.read_bytes().splitlines(keepends=True)[:-3]) + b'{"video": "cl')
     batches = []
-    caption_batch = run._caption_batch
-    monkeypatch.setattr(run, "_caption_batch", lambda batch: batches.append(batch) or caption_batch(batch))
+    caption_batch = clip_captions._caption_batch
+    monkeypatch.setattr(clip_captions, "_caption_batch", lambda batch: batches.append(batch) or caption_batch(batch))
     again = evaluate(config)
-    assert [(batch.point.name, len(batch.videos)) for batch in batches] == [("unmerged, noise", 3)]
+    assert [(batch.point.name, len(batch.clips)) for batch in batches] == [("unmerged, noise", 3)]
     assert [row["captions"] for row in rows_of(tmp_path)] == [row["captions"] for row in rows]
     assert [point["scores"] for point in again["points"]] == [point["scores"] for point in record["points"]]
     batches.clear()
     evaluate(settings(tmp_path, random_checkpoint, num_clips=6))
-    assert [len(batch.videos) for batch in batches] == [1, 1]
+    assert [len(batch.clips) for batch in batches] == [1, 1]
 
 
 def test_captions_follow_the_file_and_not_its_name(random_checkpoint, tmp_path):

@@ -52,3 +52,14 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     processor.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def small_model() -> AuroraModel:
+    """Random weights, 64 px frames of 8 x 8 patches, five layers of which four run."""
+    torch.manual_seed(0)
+    vision = VisionConfig(hidden_size=32, intermediate_size=64, num_layers=5, num_heads=2, patch_size=8, image_size=64)
+    text = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=2)
+    model = AuroraModel(AuroraConfig(vision=vision, text=text)).eval()
+    torch.nn.init.normal_(model.vision_tower.pos_embed, std=0.1)
+    return model

@@ -25,13 +25,8 @@ from aurora.visualization.merge_map import (
 
 
 @pytest.fixture(scope="module")
-def model() -> AuroraModel:
-    torch.manual_seed(0)
-    vision = VisionConfig(hidden_size=32, intermediate_size=64, num_layers=5, num_heads=2, patch_size=8, image_size=64)
-    text = LlamaConfig(vocab_size=8, hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=2)
-    model = AuroraModel(AuroraConfig(vision=vision, text=text)).eval()
-    torch.nn.init.normal_(model.vision_tower.pos_embed, std=0.1)
-    return model
+def model(small_model: AuroraModel) -> AuroraModel:
+    return small_model
 
 
 def _pixels(*, frames: int = 1, height: int = 64, width: int = 64, seed: int = 0) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """TinyWorld on disk: a dataset of mp4 clips with conversations.
 
 A dataset folder holds `clips/<split>_<seed>.mp4`, `conversations.jsonl` (LLaVA-style, as training reads it) and
-`scenes.jsonl` (the facts behind each clip, as the mini VDC reads them).
+`scenes.jsonl` (the facts behind each clip, as the mini VDC reads them). In the layout of VDC it also holds
+`VDC_1k.jsonl` and `VDCScore_qa/`, the published format.
 """
 
 import io
@@ -10,16 +11,24 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
 
-from .language import caption_prompts, captions, qa_pairs
+from .language import STATED_SLOTS, Category, caption_prompts, captions, qa_pairs
 from .render import Frames, encode_h264, render_clip, write_mp4
 from .scene import SPLITS, Scene, sample_scene
 
 CHUNK_CLIPS = 64
 """Clips a process renders between two notes of progress."""
+
+
+class Layout(Enum):
+    """Files beside the clips and their facts."""
+
+    conversations = "conversations"
+    vdc = "vdc"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,6 +53,8 @@ class DatasetConfig:
     """x264 quality, 0 (lossless) to 51."""
     workers: int = 1
     """Processes."""
+    layout: Layout = Layout.conversations
+    """conversations (for training), or vdc: also the caption and question files of VDC as published."""
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
@@ -90,7 +101,7 @@ def write_dataset(config: DatasetConfig, *, progress: bool = True) -> Path:
         progress: Show a progress bar.
 
     Returns:
-        Path of `conversations.jsonl`.
+        Path of `conversations.jsonl`, or of `VDC_1k.jsonl` in the layout of VDC.
 
     Raises:
         ValueError: if the folder holds clips of other settings.
@@ -109,7 +120,29 @@ def write_dataset(config: DatasetConfig, *, progress: bool = True) -> Path:
     facts = ({"video": name, **scene.to_dict()} for scene, name in zip(scenes, names, strict=True))
     _write_lines(folder / "scenes.jsonl", facts)
     _write_lines(folder / "conversations.jsonl", records)
+    if config.layout is Layout.vdc:
+        _write_vdc(folder, scenes)
+        return folder / "VDC_1k.jsonl"
     return folder / "conversations.jsonl"
+
+
+def _write_vdc(folder: Path, scenes: Sequence[Scene]) -> None:
+    """The captions file and the five question files of VDC; a category asks for every slot that its caption states."""
+    (folder / "VDCScore_qa").mkdir(exist_ok=True)
+    questions: dict[Category, list[dict[str, object]]] = {category: [] for category in Category}
+    rows: list[dict[str, object]] = []
+    for scene in scenes:
+        name = Path(_clip_name(scene))
+        texts = {f"{category.value}_caption": text for category, text in captions(scene, scene.seed).items()}
+        rows.append({"video_id": name.stem, "video_name": name.name, **texts})
+        pairs = qa_pairs(scene, scene.seed)
+        for category, entries in questions.items():
+            stated = [pair for pair in pairs if pair.slot in STATED_SLOTS[category]]
+            asked = [{"question": pair.question, "answer": pair.answer, "category": pair.slot} for pair in stated]
+            entries.append({name.stem: asked})
+    _write_lines(folder / "VDC_1k.jsonl", rows)
+    for category, entries in questions.items():
+        _write_lines(folder / "VDCScore_qa" / f"{category.value}.jsonl", entries)
 
 
 def _clip_name(scene: Scene) -> str:

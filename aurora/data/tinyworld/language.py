@@ -165,7 +165,16 @@ _QUESTIONS: dict[str, tuple[Category, tuple[str, ...]]] = {
     "weather": (Category.background, ("How is the weather?", "What is the weather like?")),
     "camera": (Category.camera, ("How does the camera move?", "What does the camera do?")),
 }
-
+STATED_SLOTS: dict[Category, tuple[str, ...]] = {
+    Category.short: ("colour", "shape", "motion", "background"),
+    Category.detailed: tuple(SLOTS),
+    Category.background: ("background", "time", "weather", "count", "tiny_colour", "tiny_shape"),
+    Category.camera: ("camera", "start"),
+    Category.main_object: ("colour", "shape", "size", "motion", "start"),
+}
+"""The facts that each category's caption states."""
+QUESTION_SLOTS = {question: slot for slot, (_, questions) in _QUESTIONS.items() for question in questions}
+"""What each question asks for."""
 
 _BIN_LETTERS = "abcdefghijkl"
 COLUMN_WORDS = tuple(f"x{letter}" for letter in _BIN_LETTERS)
