@@ -167,6 +167,12 @@ def _compose_and_call(main: Callable[..., Any], arguments: list[str], schema: ty
             raise failures[0]
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, arguments, schema)) from error
+    except AssertionError as error:
+        if "Unexpected type for root: NoneType" not in str(error):  # OmegaConf, of a key below one that is null
+            raise
+        raise ValueError(
+            f"{_below_null(arguments, schema)}: a key above is null; want it whole, such as group={{key: value}}"
+        ) from error
     finally:
         sys.argv = before
 
@@ -196,6 +202,14 @@ def _with_quotes(arguments: Iterable[str], schema: type | None) -> list[str]:
             argument = f"{override['mark']}{override['key']}={quote(override['value'])}"
         prepared.append(argument)
     return prepared
+
+
+def _below_null(arguments: Iterable[str], schema: type | None) -> str:
+    """Those settings among the arguments whose key is none of the schema's own."""
+    from aurora.config import settings
+
+    known = {setting.key for setting in settings(schema)} if schema is not None else set()
+    return " ".join(text for text in arguments if "." in (key := text.partition("=")[0]) and key not in known)
 
 
 def _is_text(setting: Setting, value: str) -> bool:

@@ -1,7 +1,7 @@
 """Train by a recipe: `python scripts/train.py experiment=aurora_tiny`."""
 
 from aurora.cli import run
-from aurora.training.tiny import main
+from aurora.training.run import main
 
 if __name__ == "__main__":
     run(main)

@@ -264,6 +264,14 @@ def test_help_explains_each_setting(capsys, verb):
     assert all(meaning.strip() for meaning in after_setting)
 
 
+def test_a_key_below_one_that_is_null_gets_one_line(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["train", "experiment=finetune", "data.path=x.jsonl", "stages.finetune.lora.rank=3"])
+    assert stop.value.code == 2
+    wanted = "error: stages.finetune.lora.rank=3: a key above is null; want it whole, such as group={key: value}\n"
+    assert capsys.readouterr().err == wanted
+
+
 def test_a_number_where_a_list_is_wanted_gets_one_line(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["visualize", "visual_input=x.png", "token_kept_ratio=0.2"])

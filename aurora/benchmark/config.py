@@ -19,6 +19,8 @@ class Suite(Enum):
     """The vision tower at several kept ratios, against itself unmerged and transformers' CLIP."""
     generation = "generation"
     """Prefill and decoding of the language model."""
+    training = "training"
+    """Training steps at several kept ratios, and our loop against transformers: time, memory, loss."""
     device = "device"
     """All that a GPU has to show: its tests, a memory check, and the other suites; into docs/results/<device>.json."""
 
@@ -52,7 +54,7 @@ class BenchmarkConfig(RuntimeConfig):
     """Time our code against its alternatives in one process."""
 
     suite: Suite = Suite.kernels
-    """kernels | encoder | generation | device."""
+    """kernels | encoder | generation | training | device."""
     op: Op | None = None
     """One op of suite=kernels, such as merge; null measures them all."""
     quick: bool = False

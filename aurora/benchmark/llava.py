@@ -123,6 +123,7 @@ def transformers_llava(model: AuroraForConditionalGeneration, device: torch.devi
     define_missing_torchvision_ops()
     transformers = importlib.import_module("transformers")
     transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         save_model(model.model, folder, "llava_hf")
         peer = transformers.LlavaForConditionalGeneration.from_pretrained(folder, dtype=model.dtype)

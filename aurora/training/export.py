@@ -1,10 +1,13 @@
-"""What a finished run leaves: captions of held-out clips to score, and the bundled checkpoint."""
+"""What a finished run leaves: captions of held-out clips to score, and a checkpoint of any layout."""
 
+import math
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from aurora.checkpoint.convert import convert
 from aurora.checkpoint.pretrained import save_model
 from aurora.data.tinyworld.language import Category, caption_prompts
 from aurora.model.captioner import AuroraModel
@@ -16,6 +19,7 @@ from aurora.processing.text import Tokenizer
 from aurora.processing.video import AuroraVideoProcessor
 from aurora.training.bank import ClipBank
 from aurora.training.frames_task import PixelTable
+from aurora.training.lora import merge_lora
 
 MAX_CAPTION_TOKENS = 128
 
@@ -80,14 +84,56 @@ def export_checkpoint(
     """
     image = ImageConfig(image_size=model.config.vision.image_size)
     image_processor = AuroraImageProcessor(image)
-    save_model(model.half(), folder, image_aspect_ratio=image.aspect_ratio.value)
-    AuroraProcessor(
+    processor = AuroraProcessor(
         image_processor,
         tokenizer,
         AuroraVideoProcessor(image_processor, num_frames=num_frames),
         frame_template=frame_template,
         image_token_index=model.config.image_token_index,
-    ).save_pretrained(folder)
+    )
+    export_model(model, processor, folder, image_aspect_ratio=image.aspect_ratio.value)
+
+
+def export_model(
+    model: AuroraModel, processor: AuroraProcessor, folder: Path, *, layout: str = "aurora", image_aspect_ratio: str
+) -> None:
+    """Write a trained captioner as a checkpoint with everything beside the weights.
+
+    Weights are written in float16 as the released ones are, or in bfloat16 where one of them is too large for that.
+
+    Args:
+        model: Trained captioner; it is left in the dtype written, adapters folded in.
+        processor: Its tokenizer and processors.
+        folder: Where to; made when missing. Weights appear whole or not at all, other files in it stay.
+        layout: A name of `aurora.checkpoint.LAYOUTS`.
+        image_aspect_ratio: pad, crop, squash or native, as it was trained.
+
+    Raises:
+        ValueError: if a weight is not finite.
+        CheckpointError: if the layout cannot hold the model, or the disk refuses.
+    """
+    merge_lora(model)
+    model = model.to(_export_dtype(model))
+    if layout == "aurora":
+        processor.save_pretrained(folder)
+        save_model(model, folder, image_aspect_ratio=image_aspect_ratio)
+        return
+    # What other readers want beside the weights, a conversion knows.
+    staged = folder.parent / f".exporting-{folder.name}"
+    shutil.rmtree(staged, ignore_errors=True)  # of an export that was killed
+    try:
+        processor.save_pretrained(staged)
+        save_model(model, staged, image_aspect_ratio=image_aspect_ratio)
+        convert(staged, folder, layout=layout, overwrite=True)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _export_dtype(model: AuroraModel) -> torch.dtype:
+    largest = {name: float(tensor.abs().max()) for name, tensor in model.state_dict().items() if tensor.numel()}
+    if broken := [name for name, value in largest.items() if not math.isfinite(value)]:
+        raise ValueError(f"{broken[0]}: holds NaN or infinity ({len(broken)} such tensors), want finite weights")
+    return torch.float16 if max(largest.values()) <= torch.finfo(torch.float16).max else torch.bfloat16
 
 
 def pixel_table(image: ImageConfig) -> PixelTable:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from aurora.model.vision import VisionTower
 from aurora.training.bank import NUM_COVERAGES, SUB_CELLS, ClipBank
 from aurora.training.distributed import World
+from aurora.training.loop import WholeBatch
 
 COVERAGE_WEIGHTS = (0.3, 1.0, 2.0, 1.0)
 """Loss weight of the coverage classes: the background fills most cells, a tiny object the fewest."""
@@ -69,7 +70,7 @@ def freeze_unused(tower: VisionTower, feature_layer: int) -> None:
         module.requires_grad_(False)
 
 
-class FramesTask:
+class FramesTask(WholeBatch):
     """Batches of single frames from a bank."""
 
     def __init__(

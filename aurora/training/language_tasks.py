@@ -15,6 +15,7 @@ from aurora.model.merge import MergeConfig, Schedule
 from aurora.training.bank import ClipBank
 from aurora.training.distributed import World
 from aurora.training.frames_task import PixelTable, freeze_unused, shuffled
+from aurora.training.loop import WholeBatch
 from aurora.training.turn_book import TurnBook
 from aurora.training.turns import PackedTurns, Turn, exact_turns, pack_turns, turn_loss, turn_mask
 
@@ -50,7 +51,7 @@ def accuracies(totals: dict[str, list[int]]) -> dict[str, float]:
     return {"qa_mean": sum(scores.values()) / len(scores), **scores}
 
 
-class StoryboardTask:
+class StoryboardTask(WholeBatch):
     """The decoder learns from per-frame entity lists, each entity the sum of its word embeddings.
 
     The sum stands where a projected visual token will stand, which teaches comparing frames before any pixel is seen.
@@ -123,7 +124,7 @@ class StoryboardTask:
         return row
 
 
-class ClipsTask:
+class ClipsTask(WholeBatch):
     """The captioner on rendered clips: frames through the merging tower, projected, read by the decoder."""
 
     def __init__(

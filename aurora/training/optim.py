@@ -1,9 +1,20 @@
-"""AdamW with per-module learning rates, and the warm-up / constant / linear-decay schedule."""
+"""AdamW with per-module learning rates, and two schedules: warm-up, constant, linear decay; or warm-up, cosine."""
 
+import math
 from dataclasses import dataclass
+from enum import Enum
 
 from torch import Tensor, nn
 from torch.optim import AdamW
+
+
+class LRSchedule(Enum):
+    """How the learning rate falls after the warm-up."""
+
+    linear = "linear"
+    """Constant, then in a straight line over the last `decay_share` of the steps."""
+    cosine = "cosine"
+    """Half a cosine from the peak to the end."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -12,6 +23,8 @@ class OptimConfig:
 
     lr: float = 7e-4
     """Peak learning rate."""
+    schedule: LRSchedule = LRSchedule.linear
+    """linear | cosine: how the rate falls after the warm-up."""
     lr_scales: dict[str, float] | None = None
     """Module name prefix -> factor on the learning rate (`vision_tower: 0.43`); the longest matching prefix counts."""
     betas: list[float] | None = None
@@ -21,9 +34,11 @@ class OptimConfig:
     clip_norm: float = 1.0
     """Largest norm of the whole gradient."""
     warmup_steps: int = 50
-    """Steps from zero to the peak."""
+    """Steps from zero to the peak, at most a quarter of all."""
+    warmup_share: float | None = None
+    """Share of all steps from zero to the peak, instead of `warmup_steps`."""
     decay_share: float = 0.3
-    """Share of all steps, at the end, over which the rate falls linearly."""
+    """Share of all steps, at the end, over which the linear schedule falls."""
     final_lr_share: float = 0.03
     """Learning rate of the last step as a share of the peak."""
 
@@ -31,8 +46,11 @@ class OptimConfig:
         """Check ranges."""
         if self.lr <= 0:
             raise ValueError(f"optim.lr={self.lr}: want a positive number")
-        if not 0 <= self.decay_share <= 1:
-            raise ValueError(f"optim.decay_share={self.decay_share}: want a number in [0, 1]")
+        for name in ("decay_share", "final_lr_share", "warmup_share"):
+            if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
+                raise ValueError(f"optim.{name}={value}: want a number in [0, 1]")
+        if self.clip_norm <= 0:
+            raise ValueError(f"optim.clip_norm={self.clip_norm}: want a positive number")
         if self.betas is not None and len(self.betas) != 2:
             raise ValueError(f"optim.betas={self.betas}: want two numbers")
 
@@ -40,8 +58,13 @@ class OptimConfig:
 def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:
     """Return the share of the peak learning rate that step `step` (from 0) of `num_steps` trains with."""
     warmup = min(config.warmup_steps, max(1, num_steps // 4))
+    if config.warmup_share is not None:
+        warmup = round(num_steps * config.warmup_share)
     if step < warmup:
         return (step + 1) / warmup
+    if config.schedule is LRSchedule.cosine:
+        progress = (step - warmup) / max(1, num_steps - warmup)  # 0 .. 1
+        return config.final_lr_share + (1.0 - config.final_lr_share) * 0.5 * (1.0 + math.cos(math.pi * progress))
     decay = max(1, round(num_steps * config.decay_share))
     remaining = num_steps - step  # num_steps .. 1
     if remaining > decay:

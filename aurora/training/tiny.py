@@ -1,17 +1,12 @@
-"""The recipe runner: tokenizer, rendered clips, then each stage in its processes, scores and the export."""
+"""The stages that learn from rendered worlds: tokenizer, clips, what each stage learns, and the scores of captions."""
 
 import json
-import os
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
-import hydra
 import torch
-from omegaconf import DictConfig
 from torch import Tensor
 
-from aurora.config import load_config, register_schema
 from aurora.data.tinyworld.scene import FRAME_TASKS, sample_scene
 from aurora.evaluation import tinyvdc
 from aurora.model.captioner import AuroraModel
@@ -21,60 +16,18 @@ from aurora.processing.image import ImageConfig
 from aurora.processing.text import Tokenizer
 from aurora.training.bank import ClipBank, open_bank
 from aurora.training.config import Objective, StageConfig, TrainConfig
-from aurora.training.distributed import Launch, World
-from aurora.training.export import caption_clips, export_checkpoint, pixel_table
+from aurora.training.export import caption_clips, pixel_table
 from aurora.training.frames_task import FrameLearner, FramesTask
 from aurora.training.init import init_llama, init_tower
 from aurora.training.language_tasks import ClipsTask, StoryboardTask
-from aurora.training.loop import CURVE_FILE, Task, is_finished, plain, run_stage, scaled_steps
-from aurora.training.state import checkpoint_path, checkpoint_steps, load_weights
+from aurora.training.loop import Task
+from aurora.training.state import checkpoint_steps, latest_checkpoint, load_weights
 from aurora.training.tokenizer import train_tokenizer
 from aurora.training.turn_book import TurnBook
 
 _TOKENIZER_FILE = "tokenizer.model"
 _STAGE_KEYS = {Objective.frames: "vision_tower.", Objective.storyboard: "", Objective.clips: ""}
 _MODEL_KEYS = {Objective.frames: "vision_tower.", Objective.storyboard: "language_model.", Objective.clips: ""}
-
-
-def train(config: TrainConfig) -> None:
-    """Run the recipe's unfinished stages, then export; a run that was killed continues where it stood.
-
-    Raises:
-        ValueError: for a run folder that may not be continued, or a stage that starts from one that has not been run.
-    """
-    if not config.export_only:
-        run_stages(config)
-    if config.export_dir is not None:
-        model, tokenizer = trained_model(config)
-        folder = Path(config.export_dir)
-        export_checkpoint(model, tokenizer, folder, num_frames=config.num_frames, frame_template=config.frame_template)
-        curves = [Path(config.run_dir) / name / CURVE_FILE for name in config.stages]
-        (folder / CURVE_FILE).write_text("".join(curve.read_text() for curve in curves if curve.exists()))
-        print(f"exported to {folder}", flush=True)
-
-
-def run_stages(config: TrainConfig) -> None:
-    """Run the unfinished stages: first those that start from nothing, side by side, then one after the other.
-
-    Raises:
-        ValueError: as `train`.
-    """
-    run_dir = Path(config.run_dir)
-    if not config.resume and run_dir.exists() and any(run_dir.iterdir()):
-        raise ValueError(f"run_dir={config.run_dir}: holds a run; want resume=true or an empty folder")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(plain(asdict(config)), indent=1) + "\n")
-    prepare(config)
-    pending = [name for name in config.parts or config.stages if not _finished(config, name)]
-    first = [name for name in pending if not config.stages[name].init_from]
-    if first:
-        _run_together(config, first)
-    for name in pending:
-        if name in first:
-            continue
-        _run_together(config, [name])
-        if config.stages[name].objective is Objective.clips:
-            report_captions(config, name)
 
 
 def prepare(config: TrainConfig) -> None:
@@ -180,7 +133,7 @@ def initial_weights(config: TrainConfig, stage: StageConfig, fresh: dict[str, Te
         if name not in config.stages:
             raise ValueError(f"stage.init_from={name}: want names of stages ({', '.join(config.stages)})")
         objective = config.stages[name].objective
-        for key, tensor in load_weights(latest_checkpoint(config, name)).items():
+        for key, tensor in load_weights(latest_checkpoint(Path(config.run_dir) / name), averaged=True).items():
             if not key.startswith(_STAGE_KEYS[objective]):
                 continue  # a head that served the stage alone
             target = _MODEL_KEYS[objective] + key.removeprefix(_STAGE_KEYS[objective])
@@ -188,33 +141,6 @@ def initial_weights(config: TrainConfig, stage: StageConfig, fresh: dict[str, Te
                 raise ValueError(f"stage.init_from={name}: its {key} has no place in the model")
             weights[target] = tensor
     return weights
-
-
-def latest_checkpoint(config: TrainConfig, name: str) -> Path:
-    """Return the newest complete checkpoint of stage `name`.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    folder = Path(config.run_dir) / name
-    steps = checkpoint_steps(folder)
-    if not steps:
-        raise ValueError(f"{folder}: no checkpoint of stage {name!r}; want it to run first, parts=[{name},...]")
-    return checkpoint_path(folder, steps[-1])
-
-
-def run_part(world: World, config: TrainConfig, name: str) -> None:
-    """Train stage `name` in this process; the entry of each worker."""
-    stage = config.stages[name]
-    run_stage(
-        build_task(config, name),
-        stage,
-        name=name,
-        folder=Path(config.run_dir) / name,
-        num_steps=scaled_steps(stage, config.scale),
-        world=world,
-        keep=config.keep_checkpoints,
-    )
 
 
 def trained_model(config: TrainConfig) -> tuple[AuroraModel, Tokenizer]:
@@ -229,7 +155,7 @@ def trained_model(config: TrainConfig) -> tuple[AuroraModel, Tokenizer]:
     if not started:
         raise ValueError(f"run_dir={config.run_dir}: no checkpoint of {', '.join(names)}; want a trained captioner")
     model = build_model(config, tokenizer)
-    model.load_state_dict(load_weights(latest_checkpoint(config, started[-1])))
+    model.load_state_dict(load_weights(latest_checkpoint(Path(config.run_dir) / started[-1]), averaged=True))
     return model.eval(), tokenizer
 
 
@@ -247,27 +173,3 @@ def report_captions(config: TrainConfig, name: str, *, num_clips: int = 48, toke
     (Path(config.run_dir) / name / "captions.json").write_text(json.dumps(record, indent=1) + "\n")
     print(f"{name}: captions of {len(rows)} held-out clips at kept ratio {token_kept_ratio}", flush=True)
     print(tinyvdc.format_report(report), flush=True)
-
-
-@hydra.main(version_base="1.3", config_path="pkg://aurora.configs", config_name="train")
-def main(raw: DictConfig) -> None:
-    """Run the recipe the command line names; called through `aurora.cli.run`."""
-    train(load_config(raw, TrainConfig))
-
-
-register_schema("train_schema", TrainConfig)
-
-
-def _finished(config: TrainConfig, name: str) -> bool:
-    return is_finished(Path(config.run_dir) / name, scaled_steps(config.stages[name], config.scale))
-
-
-def _run_together(config: TrainConfig, names: Sequence[str]) -> None:
-    """Run the stages side by side, as many at once as there are workers."""
-    os.environ["OMP_NUM_THREADS"] = "1"
-    for start in range(0, len(names), config.workers):
-        group = names[start : start + config.workers]
-        ranks = [min(config.stages[name].max_ranks, config.workers) if len(group) == 1 else 1 for name in group]
-        launches = [Launch(size, run_part, config, name) for name, size in zip(group, ranks, strict=True)]
-        for launch in launches:
-            launch.join()

@@ -22,7 +22,8 @@ from aurora.training.export import pixel_table
 from aurora.training.frames_task import batch_frames, shuffled
 from aurora.training.init import sincos_positions
 from aurora.training.loop import is_finished
-from aurora.training.tiny import clip_bank, load_tokenizer, run_part, train
+from aurora.training.run import run_part, train
+from aurora.training.tiny import clip_bank, load_tokenizer
 from aurora.training.tokenizer import train_tokenizer
 
 Recipe = Callable[[str], TrainConfig]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aurora.training import state
 from aurora.training.config import StageConfig, TrainConfig
 from aurora.training.distributed import World
-from aurora.training.loop import is_finished, run_stage
+from aurora.training.loop import WholeBatch, is_finished, run_stage
 from aurora.training.optim import OptimConfig, build_optimizer, lr_factor
 from aurora.training.state import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from aurora.training.tiny import build_task
@@ -25,7 +25,7 @@ from aurora.training.tiny import build_task
 Recipe = Callable[[str], TrainConfig]
 
 
-class Regression:
+class Regression(WholeBatch):
     """A stage of two linear layers; batch and noise are functions of the step."""
 
     def __init__(self) -> None:

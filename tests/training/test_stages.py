@@ -11,9 +11,9 @@ from aurora.model.merge import MergeConfig, Schedule, SizeBias
 from aurora.training.config import Objective, TrainConfig
 from aurora.training.distributed import World
 from aurora.training.language_tasks import ClipsTask
-from aurora.training.loop import Task, freeze, run_stage, train_step
-from aurora.training.optim import build_optimizer
-from aurora.training.tiny import build_task, run_part, trained_model
+from aurora.training.loop import Task, WholeBatch, freeze, run_stage, start_learning, train_step
+from aurora.training.run import run_part
+from aurora.training.tiny import build_task, trained_model
 
 Recipe = Callable[[str], TrainConfig]
 CLIP_STAGES = ("pretrain", "vision", "language")
@@ -22,8 +22,8 @@ CLIP_STAGES = ("pretrain", "vision", "language")
 def gradients(task: Task, config: TrainConfig, name: str) -> dict[str, float]:
     """One step without an update: largest gradient entry of each parameter that learns, by name."""
     freeze(task.module, config.stages[name].trainable)
-    loss, _ = task.loss(0, World())
-    loss.backward()
+    for loss, _ in task.losses(0, World()):
+        loss.backward()
     found = {}
     for parameter_name, parameter in task.module.named_parameters():
         if parameter.requires_grad:
@@ -109,6 +109,7 @@ def test_merging_follows_the_step(prepared: TrainConfig, trained: TrainConfig) -
 def test_ranks_share_a_step(trained: TrainConfig, objective: Objective) -> None:
     name = {Objective.frames: "tower", Objective.storyboard: "decoder", Objective.clips: "pretrain"}[objective]
     task = build_task(trained, name)
+    assert isinstance(task, WholeBatch)
     task.module.eval()
     whole, _ = task.loss(1, World())
     shares = [task.loss(1, World(rank, 2))[0] for rank in range(2)]
@@ -123,14 +124,13 @@ def test_overfits_eight_clips(prepared: TrainConfig) -> None:
     optim = replace(base.optim, lr=5e-3, weight_decay=0.0)
     stage = replace(base, init_from=[], batch_size=8, num_captions=0, token_kept_ratios=[0.3], optim=optim)
     task = build_task(replace(prepared, stages={**prepared.stages, "language": stage}), "language")
-    optimizer = build_optimizer(task.module, stage.optim)
-    parameters = [parameter for parameter in task.module.parameters() if parameter.requires_grad]
+    learning = start_learning(task, stage)
     losses: list[float] = []
     while len(losses) < 200 and (not losses or losses[-1] >= 0.05):
         step = len(losses)  # questions are worded anew in each step; the eight clips and their answers stay
-        for group in optimizer.param_groups:
+        for group in learning.optimizer.param_groups:
             group["lr"] = optim.lr * min(1.0, (step + 1) / 20)
-        losses.append(train_step(task, optimizer, parameters, stage, step=step, world=World())["loss"])
+        losses.append(train_step(learning, stage, step=step, world=World())["loss"])
     assert losses[-1] < 0.05, losses[::20]
 
 
