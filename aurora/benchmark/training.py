@@ -19,13 +19,24 @@ from rich.console import Console
 
 from aurora.benchmark.config import BenchmarkConfig
 from aurora.benchmark.harness import Row, WrongResultError, compare, num_cores, percentiles
-from aurora.benchmark.training_case import CASES, PEER, Ours, Trainer, batches, build_model, merge_of
+from aurora.benchmark.training_case import (
+    CASES,
+    FIRST_CLIP,
+    PEER,
+    Ours,
+    Trainer,
+    batches,
+    build_model,
+    merge_of,
+    schedule_of,
+)
 from aurora.benchmark.training_worker import build_trainer, peak_bytes
 from aurora.data.collate import Batch
 from aurora.model.merge import MergeConfig, plan_merge
 from aurora.model.vision import num_active_layers
 from aurora.runtime import resolve_device, resolve_dtype
 from aurora.training.config import Precision
+from aurora.training.optim import OptimConfig, set_learning_rate
 
 UNMERGED = "1.0 constant"
 MERGED = "0.2 constant"
@@ -133,8 +144,9 @@ def measure_learning(
 ) -> list[Row]:
     """Train one LLaVA with transformers and with our loop, several seeds each.
 
-    A seed settles weights and batches. Every step is taken by each side in turn. The rate counts the tokens of the
-    text alone, which all sides have in common.
+    All start from aurora-tiny, which has learned both with and without merging; a seed settles what is new, and
+    batches. Every step is taken by each side in turn. The rate counts the tokens of the text alone, which all sides
+    have in common.
 
     Args:
         device: Where.
@@ -150,7 +162,7 @@ def measure_learning(
     Raises:
         WrongResultError: if our unmerged loss before the first step is not that of transformers.
     """
-    name, num_steps, num_held_out = ("quick", 3, 1) if quick else ("llava", 240, 12)
+    name, num_steps, num_held_out = ("quick", 3, 1) if quick else ("llava", 120, 12)
     has_peer = importlib.util.find_spec("transformers") is not None
     sides = LEARNING_SIDES if has_peer else LEARNING_SIDES[1:]
     held_out = list(islice(batches(CASES[name], "val", device), num_held_out))
@@ -163,9 +175,9 @@ def measure_learning(
         for number in range(seed, seed + NUM_SEEDS):
             trainers = {side: build_trainer(name, side, number, precision, device) for side in sides}
             _check_start(trainers, held_out[0], precision)
-            first = number * num_steps * CASES[name].num_rows
+            first = FIRST_CLIP + number * num_steps * CASES[name].num_rows
             data = islice(batches(CASES[name], "train", device, first=first), num_steps)
-            tokens += _take_steps(trainers, data, samples, device)
+            tokens += _take_steps(trainers, data, num_steps, schedule_of(CASES[name].lr), samples, device)
             for side, trainer in trainers.items():
                 losses[side].append(statistics.fmean(trainer.loss(batch) for batch in held_out))
             tell(f"seed {number}: " + ", ".join(f"{side} {losses[side][-1]:.4f}" for side in sides))
@@ -175,15 +187,21 @@ def measure_learning(
 
 
 def _take_steps(
-    trainers: Mapping[str, Trainer], data: Iterator[Batch], samples: dict[str, list[float]], device: torch.device
+    trainers: Mapping[str, Trainer],
+    data: Iterator[Batch],
+    num_steps: int,
+    schedule: OptimConfig,
+    samples: dict[str, list[float]],
+    device: torch.device,
 ) -> list[int]:
     """Train all sides, adding each step's seconds to `samples`; returns the text tokens of each batch."""
     tokens = []
     turns = cycle(range(len(trainers)))
-    for batch in data:
+    for number, batch in enumerate(data):
         names = list(trainers)
         turn = next(turns)
         for side in names[turn:] + names[:turn]:
+            set_learning_rate(trainers[side].optimizer, number, num_steps, schedule)
             start = time.perf_counter()
             trainers[side].step(batch)
             if device.type == "cuda":

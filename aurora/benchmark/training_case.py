@@ -14,9 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import AdamW
 
 from aurora.benchmark.llava import transformers_llava
 from aurora.captioning import BUNDLED_MODEL
+from aurora.checkpoint.pretrained import load_model
 from aurora.data.collate import Batch, collate
 from aurora.data.conversation import IGNORE_INDEX
 from aurora.data.datasets import Sample
@@ -38,7 +40,7 @@ from aurora.training.distributed import World
 from aurora.training.frames_task import PixelTable
 from aurora.training.init import init_llama, init_tower
 from aurora.training.loop import WholeBatch, start_learning, train_step
-from aurora.training.optim import OptimConfig
+from aurora.training.optim import LRSchedule, OptimConfig, build_optimizer
 from aurora.training.scaler import autocast
 
 VOCABULARY = 1032
@@ -57,7 +59,9 @@ class Case:
     num_frames: int
     """Frames of a clip."""
     lr: float = 1e-3
-    """Learning rate, constant."""
+    """Peak learning rate."""
+    pretrained: bool = False
+    """Start from the weights of aurora-tiny; what these lack is drawn."""
 
     @property
     def config(self) -> AuroraConfig:
@@ -83,11 +87,31 @@ def _text(width: int, layers: int) -> LlamaConfig:
 CASES = {
     # ViT-S/16 at 224 px before a decoder of 4 M parameters: the tower has four fifths of the arithmetic.
     "encoder": Case(vision=_tower(384, 12, 16, 224), text=_text(256, 4), num_rows=1, num_frames=12),
-    # As aurora-tiny: 144 patches a frame.
-    "llava": Case(vision=_tower(128, 7, 8, 96), text=_text(192, 4), num_rows=4, num_frames=2),
+    # aurora-tiny, 144 patches a frame, on clips it has not seen; it describes them with facts from their frames, where
+    # a model from nothing would for these steps learn the language alone.
+    "llava": Case(
+        vision=VisionConfig(
+            hidden_size=128, intermediate_size=512, num_layers=7, num_heads=4, patch_size=8, image_size=96
+        ),
+        text=LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=192,
+            intermediate_size=512,
+            num_layers=4,
+            num_heads=3,
+            num_kv_heads=3,
+            max_seq_len=2048,
+        ),
+        num_rows=4,
+        num_frames=2,
+        lr=3e-4,
+        pretrained=True,
+    ),
     "quick": Case(vision=_tower(32, 4, 8, 48), text=_text(48, 2), num_rows=2, num_frames=2),
 }
 """By name."""
+FIRST_CLIP = 20_000
+"""Behind the clips aurora-tiny has learned from."""
 
 
 def merge_of(side: str) -> MergeConfig:
@@ -96,8 +120,19 @@ def merge_of(side: str) -> MergeConfig:
     return MergeConfig(token_kept_ratio=float(ratio), schedule=Schedule[schedule])
 
 
+def schedule_of(lr: float) -> OptimConfig:
+    """Return the published optimizer settings: 3 % warm-up, then a cosine to 0; no weight decay, norm at most 1."""
+    return OptimConfig(
+        lr=lr, schedule=LRSchedule.cosine, warmup_share=0.03, final_lr_share=0.0,
+        betas=[0.9, 0.999], weight_decay=0.0, clip_norm=1.0,
+    )  # fmt: skip
+
+
 class Trainer(Protocol):
     """One way to train a model."""
+
+    optimizer: AdamW
+    """Its groups have `lr_scale`, as `build_optimizer` makes them."""
 
     def step(self, batch: Batch) -> float:
         """Do an optimizer step; returns its loss, the mean over the learned tokens."""
@@ -109,11 +144,15 @@ class Trainer(Protocol):
 
 
 def build_model(case: Case, seed: int, device: torch.device) -> AuroraModel:
-    """Draw a model; equal seeds give equal weights."""
+    """Draw a model, or what aurora-tiny lacks of it; equal seeds give equal weights."""
     torch.manual_seed(seed)
     model = AuroraModel(case.config)
     init_tower(model.vision_tower)
     init_llama(model.language_model)
+    if case.pretrained:
+        own = model.state_dict()
+        for name, weight in load_model(BUNDLED_MODEL).state_dict().items():
+            own[name][: len(weight)].copy_(weight)  # the vocabulary is a little larger here
     return model.to(device)
 
 
@@ -147,12 +186,13 @@ class Ours(WholeBatch):
         """Take over `model`."""
         self._stage = StageConfig(
             objective=Objective.conversations, precision=precision, merge=merge, packing=False,
-            optim=OptimConfig(lr=lr, betas=[0.9, 0.999], weight_decay=0.0, clip_norm=1.0),
+            optim=schedule_of(lr),
         )  # fmt: skip
         self.module: nn.Module = prepare_model(model, self._stage)
         self._learner = AnswerLoss(model, merge=merge, row_length=None)
         self._world = World(device=model.device)
         self._learning = start_learning(self, self._stage)
+        self.optimizer = self._learning.optimizer
         self._batch: Batch | None = None
 
     def loss_of(self, batch: Batch) -> Tensor:
@@ -197,22 +237,20 @@ class Peer:
         built = transformers_llava(AuroraForConditionalGeneration(model), model.device)
         if built is None:
             raise ValueError(f"{PEER}: transformers is not installed; pip install transformers")
-        self.module: Any = built
+        self.module: Any = built.requires_grad_(True)
         self._index = model.config.image_token_index
         self._patches = model.config.vision.grid_size**2
-        self._optimizer = torch.optim.AdamW(
-            self.module.parameters(), lr=lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True
-        )
+        self.optimizer = build_optimizer(self.module, schedule_of(lr))
         self._autocast: AbstractContextManager[Any] = autocast(precision, model.device.type)
 
     def step(self, batch: Batch) -> float:
         """Do one step."""
         self.module.train()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         loss = self._loss(batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), 1.0)
-        self._optimizer.step()
+        self.optimizer.step()
         return float(loss.detach())
 
     def loss(self, batch: Batch) -> float:

@@ -14,6 +14,8 @@ from aurora.benchmark.harness import WrongResultError
 from aurora.benchmark.training import LEARNING_SIDES, MERGED, SIDES, UNMERGED, measure_learning, measure_ratios
 from aurora.benchmark.training_case import CASES, PEER, batches
 from aurora.benchmark.training_worker import build_trainer, peak_bytes
+from aurora.captioning import BUNDLED_MODEL
+from aurora.checkpoint.pretrained import load_model
 from aurora.cli import main
 from aurora.data.conversation import IGNORE_INDEX
 from aurora.training.config import Precision
@@ -41,6 +43,15 @@ def test_batches_are_a_function_of_the_seed() -> None:
     learned = first.labels != IGNORE_INDEX
     assert learned.any(dim=1).all()
     assert torch.equal(first.labels[learned], first.input_ids[learned])
+
+
+def test_the_start_is_aurora_tiny() -> None:
+    first, second = (training_case.build_model(CASES["llava"], seed, CPU).state_dict() for seed in (0, 1))
+    bundled = load_model(BUNDLED_MODEL).state_dict()
+    assert first.keys() == bundled.keys()
+    assert all(torch.equal(first[name][: len(weight)], weight) for name, weight in bundled.items())
+    embeddings = "language_model.embed_tokens.weight"
+    assert not torch.equal(first[embeddings], second[embeddings]), "eight new rows are drawn"
 
 
 @needs_transformers
