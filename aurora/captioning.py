@@ -60,7 +60,7 @@ class CaptionConfig(RuntimeConfig):
     model_path: str | None = None
     """Checkpoint folder or hub id; null is the bundled aurora-tiny."""
     quantization: str | None = None
-    """Read the language model in fewer bits: int8 (ours), int8_bnb, nf4 or fp4 (bitsandbytes); null leaves it as it is."""
+    """Read the language model in fewer bits: int8 (ours), int8_bnb, nf4 or fp4 (bitsandbytes); null: as stored."""
     attn_implementation: str = "auto"
     """Attention: auto, eager, sdpa, triton or flash_attention_2; what is asked for runs, or the run stops."""
     num_frm: int = 8

@@ -1,0 +1,1 @@
+"""Aurora as a service: the web page."""
