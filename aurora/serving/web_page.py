@@ -200,7 +200,7 @@ class Page:
             raise ValueError("no file yet: upload an image or a video, or take an example")
         sampling = SamplingConfig(
             max_new_tokens=int(values[self.max_new]),
-            min_new_tokens=min(int(values[self.min_new]), int(values[self.max_new])),
+            min_new_tokens=int(values[self.min_new]),
             temperature=float(values[self.temperature]),
             top_p=float(values[self.top_p]),
             top_k=int(values[self.top_k]),

@@ -48,6 +48,7 @@ CSS = """
 #status { position: sticky; top: 8px; z-index: 40 }
 #status .html-container, [id^="figures-"] .html-container, [id^="map-"] .html-container { padding: 0 !important }
 #examples .grid-wrap { max-height: none; height: auto; min-height: 0; padding: 0 }
+#examples .caption-label { font-size: 11px; padding: 1px 5px; max-width: 100%; border-radius: 4px 0 0 0 }
 #examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px }
 """
 _COLOURS = dict(zip(_PHASES, ("#a67c00", "#b5519c", "#0072b2", "#009e73", "#d55e00"), strict=True))
@@ -82,12 +83,15 @@ def maps(merged: Merged) -> str:
             f"<figcaption>{' · '.join(filter(None, (when, label)))}</figcaption></figure>"
         )
     some = f"{len(shown)} of {num_frames} frames are shown. " * (len(shown) < num_frames)
+    legend = "Each outlined group is one visual token, in its mean colour."
+    if merged.num_tokens == merged.num_patches:
+        legend = "Nothing merged: each patch is one visual token."
     grid = "aurora-grid single" if len(shown) == 1 else "aurora-grid"
     head = f"Merge map, {merged.run.name}: {_share(merged)}"
     return (
         f'<section class="aurora-map" data-tokens="{merged.num_tokens}"><h4>{escape(head)}</h4>'
         f'<div class="{grid}">{"".join(figures)}</div>'
-        f"<p>{some}Each outlined group is one visual token, in its mean colour. Point at a map to see the frame.</p>"
+        f"<p>{some}{legend} Point at a map to see the frame.</p>"
         "</section>"
     )
 

@@ -6,10 +6,8 @@ import pytest
 from aurora.captioning import BUNDLED_MODEL
 from aurora.data.bundled import MEDIA, read_clips
 from aurora.serving.web import MAX_MESSAGE_BYTES, Gate, WebConfig, make_app
-from aurora.serving.web_runs import BUNDLED, FOLDER, HUB_ID, Limits, Models
-
-pytest.importorskip("gradio")
 from aurora.serving.web_page import BUDGET, SHARE, Page
+from aurora.serving.web_runs import BUNDLED, FOLDER, HUB_ID, Limits, Models
 
 CLIP = MEDIA / read_clips(MEDIA)[0].file
 VISITOR = SimpleNamespace(session_hash="visitor")
@@ -97,6 +95,7 @@ def test_looking_with_a_model_that_is_not_loaded_loads_nothing(page, models, tmp
         ({"prompt": ""}, "prompt: is empty"),
         ({"model": HUB_ID, "typed": "x"}, "hub id x: want owner/name"),
         ({"top_p": 7}, "top_p=7"),
+        ({"min_new": 300}, "min_new_tokens=300"),
     ],
 )
 def test_mistakes_are_told(page, changed, message):

@@ -82,6 +82,7 @@ class Visitor:
         box = self.tab.locator(f"#{slider} input[type=number]")
         box.fill(str(value))
         box.blur()
+        assert float(box.input_value()) == value
 
     def keep_shot(self, name: str) -> None:
         self.tab.mouse.move(0, 0)
@@ -164,6 +165,7 @@ def test_a_run_is_cancelled(visitor: Visitor) -> None:
     visitor.tab.locator("#examples button").nth(2).click()
     visitor.says("Ready")
     visitor.tab.locator("#advanced button").first.click()
+    visitor.tab.wait_for_timeout(500)  # it unfolds, and its boxes take their values
     visitor.type_number("max-new", 1000)
     visitor.type_number("min-new", 1000)
     visitor.start()

@@ -210,6 +210,12 @@ def test_messages_are_escaped(loaded):
     assert "384 of 1,152 (33%)" in web_view.figures(last.merged, last.figures, "x")
 
 
+def test_a_map_without_merging_says_so(loaded):
+    drawn = web_view.maps(encode(loaded, wish(merge=MergeConfig())))
+    assert "Nothing merged" in drawn
+    assert "outlined" not in drawn
+
+
 def test_long_clips_show_some_of_their_frames(loaded):
     drawn = web_view.maps(encode(loaded, wish(num_frames=12)))
     assert drawn.count("<figure") == web_view.SHOWN_FRAMES
