@@ -10,9 +10,27 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 
 import torch
+
+
+class _Worker(SpawnProcess):
+    """Begins with Ctrl-C held back until `_start`: Python would print where it was, which is the import of torch."""
+
+    def start(self) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited, over fork and exec
+        try:
+            super().start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Context(SpawnContext):
+    """A forked process may inherit a lock of one of torch's threads; hence spawned ones."""
+
+    Process = _Worker
 
 
 @contextmanager
@@ -31,8 +49,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
     if workers == 1:
         yield None
         return
-    context = multiprocessing.get_context("spawn")  # a forked process may inherit a lock of one of torch's threads
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start)
+    pool = ProcessPoolExecutor(workers, mp_context=_Context(), initializer=_start)
     try:
         yield pool
     except BrokenProcessPool as error:
@@ -40,6 +57,11 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
             "a captioning process was killed, perhaps for memory; want threads=1 or a smaller batch_size. "
             "What is captioned is kept: the same command continues"
         ) from error
+    except BaseException:
+        for process in multiprocessing.active_children():  # nobody waits for what they compute
+            if isinstance(process, _Worker):
+                process.terminate()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -47,6 +69,7 @@ def worker_pool(workers: int) -> Iterator[ProcessPoolExecutor | None]:
 def _start() -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     threading.Thread(target=_leave_with, args=(multiprocessing.parent_process(),), daemon=True).start()
 
 
