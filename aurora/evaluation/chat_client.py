@@ -23,6 +23,8 @@ from aurora.evaluation.judge import JudgeConfig, JudgeFailed, Request
 from aurora.evaluation.reply_cache import ReplyCache, reply_key
 
 MAX_RESPONSE_BYTES = 4 << 20
+MAX_REPLY_CHARS = 16_000
+"""Of a reply that is kept: far above any verdict, so that a judge that does not stop cannot fill the disk."""
 MAX_PAUSE_S = 30.0
 _TRY_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524, 529}
 _HOPELESS = {401, 402, 403, 404, 405}
@@ -216,7 +218,7 @@ def _content(answer: Any) -> str:
         content = None
     if not isinstance(content, str):
         raise _Unanswered(f"an answer without choices[0].message.content ({_excerpt(json.dumps(answer).encode())})")
-    return content.encode(errors="replace").decode()  # half a surrogate pair cannot be stored
+    return content[:MAX_REPLY_CHARS].encode(errors="replace").decode()  # half a surrogate pair cannot be stored
 
 
 def _model_name(answer: Any) -> str:

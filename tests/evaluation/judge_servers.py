@@ -52,6 +52,11 @@ def garbage(handler, number, tries):
     return handler.say(["I think it is right.", "{'pred': 'yes'", "", "🙂 \ud800", "yes\n5"][number % 5])
 
 
+def endless(handler, number, tries):
+    """Never stops talking, up to the limit of an answer."""
+    return handler.say("so " * 500_000)
+
+
 def sometimes_500(handler, number, tries):
     """Fails every first try of a request."""
     if tries % 2 == 1:

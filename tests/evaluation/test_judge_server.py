@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from aurora.evaluation.chat_client import ChatClient
+from aurora.evaluation.chat_client import MAX_REPLY_CHARS, ChatClient
 from aurora.evaluation.judge import JudgeConfig, JudgeFailed, Request, Wording, fill, unfill
 from aurora.evaluation.judge_stub import serve
 from aurora.evaluation.judging import Item, Status, judge_questions
@@ -52,6 +52,14 @@ def test_garbage_is_asked_for_once_more_and_counted_as_unparsed(tmp_path):
     assert not untouched.seen
     assert later.counts["cached"] == 36
     assert client.counts["answered"] == sum(kind.seen.values())
+
+
+def test_a_judge_that_does_not_stop_does_not_fill_the_disk(tmp_path):
+    with ReplyCache(tmp_path / "replies.sqlite") as cache:
+        counts, client, _, found = run(servers.endless, cache)
+    assert counts == {Status.judged: 0, Status.unparsed: 12, Status.failed: 0}
+    assert {len(reply) for entry in found for reply in entry.replies} == {MAX_REPLY_CHARS}
+    assert cache.path.stat().st_size < 2 * MAX_REPLY_CHARS * client.counts["answered"]
 
 
 def test_half_the_tries_fail_and_nothing_is_lost():
