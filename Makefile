@@ -70,7 +70,7 @@ $(BIN)/python:
 	@touch $@
 
 # lmms-eval's own pins clash with Hydra's.
-.venv-lmms/.ready: requirements/lmms.txt pyproject.toml
+.venv-lmms/.ready: requirements/lmms.txt requirements/lmms-constraints.txt pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: no Python >= 3.11 with venv among: $(CANDIDATES)"; exit 1; }
 	@echo "installing lmms-eval into .venv-lmms (once)"
 	@$(PYTHON) -m venv .venv-lmms
