@@ -157,6 +157,8 @@ def merge_reference(x: Tensor, size: Tensor, unmerged: Tensor, src: Tensor, dst:
     Returns:
         Features (B, N - R, C) in x.dtype and sizes (B, N - R, 1).
     """
+    if x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64):
+        return _merge_in_bags(x, size, unmerged, src, dst)
     rows, num_tokens, width = x.shape
     num_kept, r = unmerged.shape[1], src.shape[1]
     num_out = num_tokens - r
@@ -174,9 +176,8 @@ def merge_reference(x: Tensor, size: Tensor, unmerged: Tensor, src: Tensor, dst:
     weighted = x.index_select(0, source).to(precise) * src_size  # (B * R, C)
     total = x.index_select(0, into).to(precise) * size.index_select(0, into)
     same = dst[:, :, None] == dst[:, None, :]  # (B, R, R): sources that share their partner
-    if torch.compiler.is_compiling():
-        # Fuses into one sum without atomics. Sources are added up before their B token here.
-        total = total + (same[..., None] * weighted.view(rows, 1, r, width)).sum(dim=2).view(-1, width)
+    if torch.compiler.is_compiling():  # sources are added up before their B token here
+        total = total + _sum_groups(same, weighted.view(rows, r, width)).flatten(0, 1)
     else:
         first = r - (same * torch.arange(r, 0, -1, device=x.device)).amax(dim=-1)  # (B, R): the first one of them
         first = (first + r * row).flatten()
@@ -186,6 +187,41 @@ def merge_reference(x: Tensor, size: Tensor, unmerged: Tensor, src: Tensor, dst:
     out = out.index_copy_(0, place, (total / new_size).to(out.dtype))
     out_size = out_size.index_copy_(0, place, new_size)
     return out.view(rows, num_out, width), out_size.view(rows, num_out, 1)
+
+
+def _merge_in_bags(x: Tensor, size: Tensor, unmerged: Tensor, src: Tensor, dst: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge on a CPU, where PyTorch has the whole of it as one pass: each output token is a bag of weighted rows.
+
+    The weights are s_i / S_d, so the division is rounded before the sum and not behind it; a copy is still exact.
+    """
+    rows, num_tokens, width = x.shape
+    num_kept, num_out = unmerged.shape[1], num_tokens - src.shape[1]
+    odd, out = torch.arange(1, num_tokens, 2), torch.arange(num_out)
+    tokens = torch.cat([2 * unmerged, odd.expand(rows, -1), 2 * src], dim=1)  # (B, N)
+    # Stable: in each bag the B token stays first, its sources stay by rank.
+    position, order = torch.cat([out.expand(rows, -1), num_kept + dst], dim=1).sort(dim=1, stable=True)
+    tokens = tokens.gather(1, order)
+    token_size = size[..., 0].gather(1, tokens)
+    out_size = token_size.new_zeros(rows, num_out).scatter_add_(1, position, token_size)
+    share = token_size.to(x.dtype) / out_size.gather(1, position).to(x.dtype)  # 1 where nothing merges
+    count = position.new_zeros(rows, num_out).scatter_add_(1, position, torch.ones_like(position))
+    row = num_tokens * torch.arange(rows)[:, None]
+    merged = F.embedding_bag(
+        (tokens + row).flatten(),
+        x.reshape(rows * num_tokens, width),
+        (count.cumsum(dim=1) - count + row).flatten(),
+        mode="sum",
+        per_sample_weights=share.flatten(),
+    )
+    return merged.view(rows, num_out, width), out_size[..., None]
+
+
+def _sum_groups(same: Tensor, weighted: Tensor) -> Tensor:
+    """Sum the sources (B, R, C) that share a partner, without atomics, in a form that the compiler makes fast."""
+    if weighted.device.type != "cpu":
+        return (same[..., None] * weighted[:, None]).sum(dim=2)  # fuses
+    with torch.autocast("cpu", enabled=False):  # would round to bfloat16
+        return same.to(weighted.dtype) @ weighted  # the other is not vectorised
 
 
 def _accumulate(total: Tensor, index: Tensor, rows: Tensor) -> Tensor:

@@ -7,6 +7,8 @@ the number of threads that suits it best; on CUDA events time the device, after 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import os
 import platform
@@ -18,7 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +30,7 @@ from aurora.runtime import environment_report
 Row = dict[str, Any]
 """One line of a table: plain values, ready for JSON."""
 
+_resource = importlib.import_module("resource") if importlib.util.find_spec("resource") else None  # not on Windows
 _FLUSH_BYTES = 256 * 2**20
 """More than the L2 cache of any GPU we know (H200: 50 MiB)."""
 
@@ -41,6 +44,7 @@ def compare(
     *,
     repeats: int = 20,
     warmup: int = 2,
+    settle: int = 0,
     threads_per_side: Mapping[str, int] | Sequence[int] | None = None,
     baseline: str | None = None,
     check: Callable[[str, Any, Any], None] | None = None,
@@ -53,6 +57,8 @@ def compare(
         sides: Name to callable without arguments; each call is one sample.
         repeats: Rounds; each runs every side once.
         warmup: Calls of each side before the rounds; the first one compiles.
+        settle: Calls of a side that go before each of its samples and do not count: it then finds the caches and the
+            heap as its own last call left them. Without, a side pays for memory that another returned to the system.
         threads_per_side: CPU threads by name; or the counts to try on every side, the quickest of which it then keeps;
             None tries 1 and all cores. Not used on CUDA.
         baseline: Side that ratios refer to; None is the first.
@@ -62,7 +68,9 @@ def compare(
 
     Returns:
         A row for each side: side, threads, warmup_ms (the first call), repeats, p20_ms, p50_ms, p80_ms, and ratio, the
-        baseline's p50 over this one: above 1 is faster than the baseline.
+        baseline's p50 over this one: above 1 is faster than the baseline. On a CPU also the medians of cpu_ms, the
+        processor time of all threads, which a busy machine changes less, and of page_faults, the pages of memory that
+        the system had to hand over: often most of an allocation's cost.
 
     Raises:
         ValueError: if there is no side, or the baseline is none of them.
@@ -81,23 +89,28 @@ def compare(
         for name in names:
             tell(f"warming up {name}")
             threads[name] = _best_threads(sides[name], warmup, _threads_to_try(name, threads_per_side, device), device)
-        samples: dict[str, list[float]] = {name: [] for name in names}
+        samples: dict[str, list[_Sample]] = {name: [] for name in names}
         for round_number in range(repeats):
             turn = round_number % len(names)
             for name in names[turn:] + names[:turn]:
                 torch.set_num_threads(threads[name])
-                samples[name].append(time_once(sides[name], device))
+                for _ in range(settle):
+                    time_once(sides[name], device)
+                samples[name].append(_sample(sides[name], device))
             tell(f"round {round_number + 1} of {repeats}")
     finally:
         torch.set_num_threads(before)
-    base = statistics.median(samples[baseline])
+    base = statistics.median(sample.ms for sample in samples[baseline])
     rows = []
     for name in names:
-        p20, p50, p80 = percentiles(samples[name])
+        p20, p50, p80 = percentiles([sample.ms for sample in samples[name]])
         rows.append(
             {"side": name, "threads": threads[name], "warmup_ms": first_ms[name], "repeats": repeats}
             | {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "ratio": base / p50}
         )
+        if device.type == "cpu":
+            rows[-1]["cpu_ms"] = statistics.median(sample.cpu_ms for sample in samples[name])
+            rows[-1]["page_faults"] = int(statistics.median(sample.page_faults for sample in samples[name]))
     return rows
 
 
@@ -165,7 +178,7 @@ def header(*, command: Sequence[str] | None = None) -> Row:
 
     Returns:
         device, cpu, cores, load, versions, commit, dirty, command, time; on CUDA the driver and its clocks. `claim`
-        says whether speeds may be quoted.
+        says whether speeds may be quoted, `busy` on a CPU whether other work disturbed the run.
     """
     report: Row = dict(environment_report())
     commit = str(report["commit"])
@@ -179,6 +192,8 @@ def header(*, command: Sequence[str] | None = None) -> Row:
         report |= _gpu_state()
     else:
         report["claim"] = "CPU run: no claim about the speed of a GPU"
+        # The average lags behind, so this is for work that was there before, not for the measurement itself.
+        report["busy"] = report["load_1min"] is not None and report["load_1min"] > 0.5 * report["cores"]
     return report
 
 
@@ -307,6 +322,22 @@ def _best_threads(run: Callable[[], object], warmup: int, counts: Sequence[int],
             took = time_once(run, device)
             best[count] = min(took, best.get(count, took))
     return min(best, key=best.__getitem__) if best else counts[0]
+
+
+class _Sample(NamedTuple):
+    ms: float
+    cpu_ms: float
+    page_faults: int
+
+
+def _sample(run: Callable[[], object], device: torch.device) -> _Sample:
+    faults, cpu = _page_faults(), time.process_time()
+    took = time_once(run, device)
+    return _Sample(took, (time.process_time() - cpu) * 1e3, _page_faults() - faults)
+
+
+def _page_faults() -> int:
+    return 0 if _resource is None else int(_resource.getrusage(_resource.RUSAGE_SELF).ru_minflt)
 
 
 def _tensors(result: Any) -> Any:

@@ -68,10 +68,12 @@ def measure(case: Case, kind: str, config: BenchmarkConfig, device: torch.device
             sides[f"{name}, compiled"] = torch.compile(case.sides[name], fullgraph=True, dynamic=False)
     calls = {name: _call(side, case, kind) for name, side in sides.items()}
     on_gpu = device.type == "cuda"
+    takes_long = case.op in (Op.attention, Op.linear_cross_entropy)
     compared = compare(
         calls,
-        repeats=1 if config.quick else 30 if on_gpu else 15,
-        warmup=3 if on_gpu else 1 if config.quick else 2,
+        repeats=1 if config.quick else 30 if on_gpu else 15 if takes_long else 45,
+        warmup=3 if on_gpu else 1 if config.quick else 2 if takes_long else 5,
+        settle=0 if on_gpu or config.quick else 1,
         threads_per_side=(config.threads,) if config.threads else (1,) if config.quick else None,
         check=case.check if kind == "fwd" else None,
         device=device,

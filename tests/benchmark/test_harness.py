@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
+import time
 
 import pytest
 import torch
@@ -36,6 +38,28 @@ def test_sides_take_turns_and_each_one_goes_first():
     assert calls[3:] == [*"abc", *"bca", *"cab", *"abc"]
     assert [row["side"] for row in rows] == ["a", "b", "c"]
     assert all(row["repeats"] == 4 and row["warmup_ms"] > 0 for row in rows)
+
+
+def test_a_side_that_settles_runs_untimed_before_each_sample():
+    calls: list[str] = []
+    names = "ab"
+    compare({name: recorder(calls, name) for name in names}, repeats=2, warmup=1, settle=2, threads_per_side=(1,))
+    assert calls == [*"ab", *"aaabbb", *"bbbaaa"]
+
+
+def test_a_row_on_a_cpu_tells_processor_time_and_fresh_memory():
+    def wait() -> None:
+        time.sleep(0.03)
+
+    def write() -> None:
+        with mmap.mmap(-1, 300 * mmap.PAGESIZE) as fresh:
+            for page in range(300):
+                fresh[page * mmap.PAGESIZE] = 1
+
+    waited, wrote = compare({"wait": wait, "write": write}, repeats=3, threads_per_side=(1,))
+    assert waited["p50_ms"] > 29 > 15 > waited["cpu_ms"]
+    assert waited["page_faults"] < 100
+    assert wrote["page_faults"] >= 300
 
 
 def test_rows_say_how_often_faster_than_the_baseline(monkeypatch):
