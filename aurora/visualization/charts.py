@@ -1,4 +1,4 @@
-"""Charts of merging: sizes of the groups, similarity of the merged pairs, tokens along the layers.
+"""Charts of merging: sizes of the groups, similarity of the merged pairs, tokens along the layers; lines and bars.
 
 matplotlib is needed (`pip install 'aurora-captioner[eval]'`), and imported only when a chart is drawn.
 """
@@ -6,7 +6,7 @@ matplotlib is needed (`pip install 'aurora-captioner[eval]'`), and imported only
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _DPI = 144
+_MARKERS = ("o", "s", "^", "D", "v", "P")
+_MARKED_POINTS = 40
+"""A line of more points has no markers."""
 
 
 def sizes_chart(runs: Sequence[TracedRun], *, layer: int = -1, theme: Theme = LIGHT) -> Figure:
@@ -147,6 +150,111 @@ def budget_chart(runs: Sequence[TracedRun], *, theme: Theme = LIGHT) -> Figure:
     axes.set_ylim(bottom=0)
     _whole_numbers(axes)
     _legend(axes, theme)
+    return figure
+
+
+def line_chart(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    *,
+    title: str,
+    x: str,
+    y: str,
+    log_ticks: Sequence[float] = (),
+    chosen: tuple[float, float, str] | None = None,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """Draw lines that differ in colour and in marker.
+
+    Args:
+        lines: Name of each line, to its x and y values.
+        title: Above the chart.
+        x: What runs to the right, with its unit.
+        y: What runs upwards, with its unit.
+        log_ticks: Where given, x is logarithmic with these ticks.
+        chosen: A point to ring, as x, y and what to write beside it.
+        theme: Colours.
+
+    Returns:
+        The figure; long lines have no markers.
+
+    Raises:
+        ValueError: if matplotlib is missing.
+    """
+    figure, (axes,) = _figure(theme, 1, width=7.2)
+    _style(axes, theme, title=title, x=x, y=y)
+    for index, (name, (across, up)) in enumerate(lines.items()):
+        marker = _MARKERS[index % len(_MARKERS)] if len(across) <= _MARKED_POINTS else None
+        axes.plot(across, up, color=_colour(theme, index), marker=marker, markersize=5, linewidth=2, label=name)
+    if log_ticks:
+        axes.set_xscale("log")
+        axes.set_xticks(log_ticks, [f"{tick:g}" for tick in log_ticks])
+        axes.minorticks_off()
+    if chosen is not None:
+        point, text = chosen[:2], chosen[2]
+        axes.plot(*point, marker="o", markersize=14, markerfacecolor="none", color=theme.ink, linestyle="none")
+        axes.annotate(
+            text,
+            point,
+            (0, 9),
+            textcoords="offset points",
+            color=theme.ink,
+            fontsize=10,
+            ha="center",
+            va="bottom",
+        )
+    if len(lines) > 1:
+        _legend(axes, theme)
+    return figure
+
+
+def bar_chart(
+    labels: Sequence[str],
+    bars: Mapping[str, Sequence[float]],
+    *,
+    title: str,
+    x: str = "",
+    y: str = "",
+    stacked: bool = False,
+    theme: Theme = LIGHT,
+) -> Figure:
+    """Draw bars with their numbers, side by side or on top of each other.
+
+    Args:
+        labels: What stands under each group of bars.
+        bars: Name of each kind of bar, to a number for each label.
+        title: Above the chart.
+        x: What the labels are.
+        y: What the numbers are, with their unit.
+        stacked: Put the kinds on top of each other; the number is then that of the whole.
+        theme: Colours.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ValueError: if matplotlib is missing.
+    """
+    figure, (axes,) = _figure(theme, 1, width=7.2)
+    _style(axes, theme, title=title, x=x, y=y)
+    across = np.arange(len(labels), dtype=np.float64)
+    width = 0.7 if stacked else 0.8 / len(bars)
+    bottom = np.zeros(len(labels))
+    for index, (name, heights) in enumerate(bars.items()):
+        shift = 0.0 if stacked else (index - (len(bars) - 1) / 2) * width
+        drawn = axes.bar(
+            across + shift, heights, width * 0.94, bottom=bottom, color=_colour(theme, index), label=name,
+            edgecolor=theme.paper, linewidth=0.8,
+        )  # fmt: skip
+        if stacked:
+            bottom = bottom + np.asarray(heights)
+        if not stacked or index == len(bars) - 1:
+            numbers = [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in (bottom if stacked else heights)]
+            axes.bar_label(drawn, numbers, padding=2, color=theme.ink, fontsize=9)
+    axes.set_xticks(across, list(labels))
+    axes.grid(visible=False, axis="x")
+    axes.margins(y=0.12)
+    if len(bars) > 1:
+        _legend(axes, theme)
     return figure
 
 
