@@ -128,6 +128,9 @@ class RMSNorm(nn.Module):
         # The result is rounded before it is scaled, as in the released code; rms_norm's own weight comes before.
         if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # What rms_norm does on a CPU, in half the operations: a token's layers start a hundred of these.
+            if x.numel() == x.shape[-1]:  # one token: its mean square is a number, and half of these are left
+                wide = x.float().view(-1)
+                return self.weight * (x * (wide.dot(wide).item() / len(wide) + self.eps) ** -0.5)
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
             scale = (norm.square_().div_(x.shape[-1])).add_(self.eps).rsqrt_()
             return self.weight * (x * scale).to(x.dtype)

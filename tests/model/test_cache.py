@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from aurora.model import cache as caches
+from aurora.model.attention import attention
 from aurora.model.cache import KVCache, SharedKVCache
 from aurora.model.llama import Llama, LlamaConfig
 from tests.golden import RTOL_LM, assert_close_to_golden
@@ -152,3 +154,34 @@ def test_a_key_bias_counts_in_every_step(model: Llama, shared: bool) -> None:
 def test_a_key_bias_must_cover_the_keys(model: Llama) -> None:
     with pytest.raises(ValueError, match=r"key_bias: covers 5 keys, want 6"):
         _run(model, _tokens(1, 6), key_bias=torch.zeros(1, 5))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_query_of_many_keys_is_attention(
+    dtype: torch.dtype, masked: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = LlamaConfig(vocab_size=VOCAB, hidden_size=96, num_layers=1, num_heads=6, num_kv_heads=2, max_seq_len=900)
+    random = torch.Generator().manual_seed(3)
+    cache = KVCache(config, batch_size=2, max_length=710, device="cpu", dtype=dtype)
+    cache.keys.normal_(generator=random)
+    cache.values.normal_(generator=random)
+    cache.length = 699
+    q, k, v = (torch.randn(2, 1, heads, 16, generator=random).to(dtype) for heads in (6, 2, 2))
+    mask = torch.rand(2, 1, 700, generator=random) > 0.3 if masked else None
+    bias = torch.rand(2, 700, generator=random) if biased else None
+
+    def attend(backend: str) -> Tensor:
+        with torch.inference_mode():
+            return cache.attend(0, q, k, v, mask=mask, key_bias=bias, backend=backend).float()
+
+    fused = attend("sdpa")
+    keys, values = (t[0, :, :, :700].transpose(1, 2).float() for t in (cache.keys, cache.values))
+    want = attention(q.float(), keys, values, mask=mask, key_bias=bias, backend="eager")
+    monkeypatch.setattr(caches, "attention", None)  # auto does not come there
+    got = attend("auto")
+    floor = 1e-6 if dtype is torch.float32 else 2**-8
+    assert (got - want).abs().max() <= max(2 * (fused - want).abs().max(), floor * want.abs().max())
+    assert torch.equal(cache.keys[0, :, :, 699], k[:, 0])
+    assert torch.equal(cache.values[0, :, :, 699], v[:, 0])

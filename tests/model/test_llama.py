@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aurora.model.attention import attention
 from aurora.model.cache import KVCache
-from aurora.model.llama import Llama, LlamaConfig, RopeScaling, rotary_frequencies
+from aurora.model.llama import Llama, LlamaConfig, RMSNorm, RopeScaling, rotary_frequencies
 from tests.golden import RTOL_LM, assert_close_to_golden
 
 
@@ -102,6 +102,20 @@ def test_grouped_heads_equal_repeated_ones() -> None:
         state[key] = state[key].view(2, 1, 8, 32).expand(2, 2, 8, 32).reshape(32, 32)
     full.load_state_dict(state)
     assert_close_to_golden(_run(full, _embeds(grouped)), _run(grouped, _embeds(grouped)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_norm_of_one_token_is_its_norm_among_others(dtype: torch.dtype) -> None:
+    norm = RMSNorm(70, 1e-5).to(dtype)
+    x = torch.randn(3, 70, generator=torch.Generator().manual_seed(1)).mul(5).to(dtype)
+    x[1] = 0
+    with torch.no_grad():
+        norm.weight.uniform_(0.5, 1.5)
+        alone = torch.cat([norm(row[None]) for row in x])
+    step = torch.finfo(dtype).eps
+    for want in (norm(x).detach(), torch.no_grad()(norm)(x)):  # as in training, and as for a prompt
+        assert alone.dtype == want.dtype == dtype
+        torch.testing.assert_close(alone, want, rtol=2 * step, atol=0)
 
 
 def test_a_tied_head_has_no_weights_of_its_own() -> None:
