@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from aurora.generation.sampling import LogitRules, SamplingConfig
+from aurora.generation.sampling import LogitRules, SamplingConfig, are_finite, not_finite
 
 Stopper = Callable[[Sequence[Sequence[int]]], list[bool]]
 """Whether the text of each row's new ids has just completed a stop string."""
@@ -78,6 +78,9 @@ def beam_search(
 
     Returns:
         The best answer to each prompt.
+
+    Raises:
+        ValueError: if logits are not finite.
     """
     search = _Search(logits, sampling, stop_ids, limits, pad_token_id, stopper)
     step_logits = logits.repeat_interleave(sampling.num_beams, dim=0)  # (B * W, V)
@@ -170,7 +173,12 @@ class _Search:
 
         Returns:
             The token that each beam goes on with, (B * W,), and the row it continues, (B * W,).
+
+        Raises:
+            ValueError: if a logit is not finite.
         """
+        if not bool(are_finite(step_logits).all()):
+            raise ValueError(not_finite(self.num_steps + 1, step_logits.dtype))
         log_probs = step_logits.float().log_softmax(dim=-1)
         considered, parents, tokens = self._continuations(log_probs)  # parents, tokens: (B, K)
         self.num_steps += 1

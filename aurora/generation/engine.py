@@ -16,7 +16,7 @@ from torch import Tensor
 from aurora.generation.beam import Stopper, beam_search
 from aurora.generation.context import check_context
 from aurora.generation.graphs import make_stepper
-from aurora.generation.sampling import Sampler, SamplingConfig
+from aurora.generation.sampling import Sampler, SamplingConfig, are_finite, not_finite
 from aurora.generation.state import Decoder, PromptState, extend, prefill, synchronized_s
 from aurora.model.captioner import AuroraModel, Spliced
 
@@ -180,7 +180,7 @@ class _Loop:
         pending: list[Tensor] = []
         for step in range(1, rows.most_steps + 1):
             ids = sampler(logits)
-            pending.append(ids)
+            pending.append(torch.where(are_finite(logits), ids, -1))
             if keep_logits:
                 kept_logits.add(rows.running, logits.float())
             if sampler.logprobs is not None:
@@ -214,6 +214,8 @@ class _Loop:
     def _accept(self, pending: list[Tensor]) -> None:
         """Look at the ids of some steps; what came behind the end of every row is left out."""
         for ids in torch.stack(pending).tolist():
+            if self.rows.has_failed(ids):
+                raise ValueError(not_finite(len(self.rows.columns) + 1, self.model.dtype))
             column = self.rows.accept(ids)
             if self.streamer is not None:
                 self.streamer.put(torch.tensor(column))
@@ -246,6 +248,10 @@ class _Rows:
     @property
     def all_finished(self) -> bool:
         return all(self.stopped_by)
+
+    def has_failed(self, ids: list[int]) -> bool:
+        """Whether a row that has not ended got no token in this step."""
+        return any(token < 0 and not self.stopped_by[row] for row, token in zip(self.running, ids, strict=True))
 
     def accept(self, ids: list[int]) -> list[int]:
         """Record one step of the running rows; returns the ids of all, padding where a row had finished before."""

@@ -10,6 +10,7 @@ Shape letters: B rows, L prompt positions, S slots of a bucket, V vocabulary.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Protocol
 
@@ -29,6 +30,7 @@ MOST_STEPS_KEPT = 4
 """Recorded steps a model keeps; each holds a cache."""
 LOOK_AHEAD = 256
 """Tokens for which a bucket must have room when an answer begins in it: changing buckets means recording again."""
+_MOST_COMPILED = 4096
 
 
 class Stepper(Protocol):
@@ -144,7 +146,7 @@ class StaticStep:
         self._embed = language_model.embed
         self._warming_up = language_model.products.warming_up
         if language_model.decoding is Decoding.compiled:
-            self._forward = torch.compile(language_model.__call__, fullgraph=True, dynamic=False)
+            self._forward = _compiled(language_model, batch_size)
 
     def run(self) -> Tensor:
         """Run the step that the buffers describe, and move them on; logits (B, V)."""
@@ -185,7 +187,8 @@ class StaticStep:
                 _restore(before)
         torch.cuda.current_stream().wait_stream(stream)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        # Other threads may use the device meanwhile: a server's, or one that reads the next clips.
+        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
             self.logits = self._run()
         _restore(before)
 
@@ -273,6 +276,25 @@ class GraphDecoder:
         while len(steps) >= MOST_STEPS_KEPT:
             del steps[next(iter(steps))]  # the one that was not used for longest
         steps[self._key] = self._static
+
+
+def _compiled(language_model: Llama, batch_size: int) -> Callable[..., Tensor]:
+    """The language model compiled for one size of step."""
+    # The tuning is what makes a product with one row a reduction, into which the conversion of int8 weights is fused;
+    # else they are written out in the model's dtype before every product.
+    compiled = torch.compile(
+        language_model.__call__, fullgraph=True, dynamic=False,
+        options={"coordinate_descent_tuning": True} if batch_size == 1 else {},
+    )  # fmt: skip
+
+    def forward(*args: object, **kwargs: object) -> Tensor:
+        # Every number of rows and bucket is a graph of its own, of which 8 are allowed.
+        dynamo = importlib.import_module("torch._dynamo")  # slow to import, and needed here alone
+        with dynamo.config.patch(recompile_limit=_MOST_COMPILED, accumulated_recompile_limit=_MOST_COMPILED):
+            out: Tensor = compiled(*args, **kwargs)
+        return out
+
+    return forward
 
 
 def _restore(saved: list[tuple[Tensor, Tensor]]) -> None:

@@ -280,6 +280,16 @@ class Sampler:
         return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
 
 
+def are_finite(logits: Tensor) -> Tensor:
+    """Whether all logits of a row are numbers, (B, V) to (B,): a NaN or an infinity shows in their sum."""
+    return logits.sum(dim=-1, dtype=torch.float32).isfinite()
+
+
+def not_finite(token: int, dtype: torch.dtype) -> str:
+    """Say that the logits of a new token, counted from 1, are none."""
+    return f"logits of new token {token} are not finite in {dtype}; want a wider dtype or sound weights"
+
+
 def filter_probabilities(logits: Tensor, *, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """Probabilities with everything outside top-k, then top-p, then min-p set to 0; not normalised again.
 

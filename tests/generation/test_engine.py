@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aurora.generation import SamplingConfig, check_context, generate
-from aurora.generation.engine import GenerateResult
+from aurora.generation.engine import Decoder, GenerateResult
 from aurora.model.cache import KVCache
 from aurora.model.captioner import AuroraModel, Spliced
 from aurora.model.merge import MergeConfig
@@ -204,6 +204,50 @@ def test_logits_that_are_not_finite_are_an_error_not_a_caption(model: AuroraMode
     broken = spliced._replace(inputs_embeds=spliced.inputs_embeds * float("nan"))
     with pytest.raises(ValueError, match=r"logits of the prompt are not finite in torch\.float32"):
         run(model, broken)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("steps_per_check", [1, 8])
+def test_logits_that_cease_to_be_finite_are_an_error_too(
+    model: AuroraModel, num_beams: int, value: str, steps_per_check: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together, _ = text_batch(model, [6, 9])
+    monkeypatch.setattr("aurora.generation.engine._steps_per_check", lambda device: steps_per_check)
+    step, taken = Decoder.step, []
+
+    def broken(self: Decoder, ids: Tensor) -> Tensor:
+        logits = step(self, ids)
+        taken.append(len(logits))
+        if len(taken) == 3:
+            logits[-1, 5] = float(value)
+        return logits
+
+    monkeypatch.setattr(Decoder, "step", broken)
+    with pytest.raises(ValueError, match=r"logits of new token 4 are not finite in torch\.float32; want a wider dtype"):
+        run(model, together, max_new_tokens=12, num_beams=num_beams)
+
+
+def test_a_row_that_has_ended_may_fail(model: AuroraModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is run along with the others until the ids are looked at; what it computes then is nobody's."""
+    together, _ = text_batch(model, [6, 9])
+    want = run(model, together, max_new_tokens=6).sequences
+    stop = int(want[0, 1])
+    assert stop not in want[1]
+    monkeypatch.setattr("aurora.generation.engine._steps_per_check", lambda device: 8)
+    step, taken = Decoder.step, []
+
+    def broken(self: Decoder, ids: Tensor) -> Tensor:
+        logits = step(self, ids)
+        taken.append(len(logits))
+        if len(taken) > 2:
+            logits[0] = float("nan")
+        return logits
+
+    monkeypatch.setattr(Decoder, "step", broken)
+    got = run(model, together, max_new_tokens=6, eos_token_id=stop)
+    assert got.sequences[1].tolist() == want[1].tolist()
+    assert got.num_generated == [2, 6]
 
 
 def test_seconds_are_measured_for_both_phases(model: AuroraModel) -> None:

@@ -17,6 +17,7 @@ from tests.golden import RTOL_LM, assert_close_to_golden
 from tests.golden_models import captioner
 
 LENGTHS = [9, 14, 5]
+compile_ = torch.compile
 
 
 @pytest.fixture
@@ -121,6 +122,18 @@ def test_the_step_compiles_whole(model: AuroraModel, monkeypatch: pytest.MonkeyP
     want = _decode(Decoder(model, _read(model), 4), 4)
     model.language_model.decoding = Decoding.compiled
     _expect_equal(_decode(GraphDecoder(model, _read(model), 4), 4), want)
+
+
+def test_more_sizes_compile_than_dynamo_allows_by_itself(model: AuroraModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight graphs of one function are its limit, and beyond it a whole graph is an error."""
+    monkeypatch.setattr("aurora.model.products.SHARE_OF_MEMORY", 0.0)
+    monkeypatch.setattr(torch, "compile", lambda run, options, **more: compile_(run, backend="eager", **more))
+    model.language_model.decoding = Decoding.compiled
+    for rows in range(1, 11):
+        ids = torch.randint(3, 256, (rows, 5))
+        decoder = GraphDecoder(model, prefill(model, model.splice(ids, None, padding_side="left")), 4)
+        with torch.inference_mode():
+            assert decoder.step(ids[:, 0]).shape == (rows, 256)
 
 
 @pytest.mark.gpu
