@@ -18,8 +18,8 @@ from aurora.model.attention import attention, causal_mask
 from aurora.model.llama import LlamaConfig
 
 FEWEST_FOR_PRODUCTS = 512
-"""Keys from which two plain products beat PyTorch's fused attention for one query on a CPU: by a fifth at 1,100 keys, in
-float32 and in bfloat16 (measured: EPYC, 1 thread, 3 key heads of 64, each with 3 queries); below they are slower."""
+"""Keys from which two plain products beat PyTorch's fused attention for one query on a CPU: by a fifth at 1,100 keys in
+float32 and bfloat16 (measured: EPYC, 1 thread, 3 key heads of 64 with 3 queries each); below they are slower."""
 
 
 class KVCache:
