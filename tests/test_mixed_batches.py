@@ -215,6 +215,13 @@ def test_beams_and_seeds_work_over_a_shared_clip(model: Model) -> None:
         ({"pixel_values_videos": [clip(0), clip(2)]}, "row 1: 4 placeholders in the text for 3 frames"),
         ({"pixel_values_videos": [clip(0), clip(0)[:, :, :5]]}, "frame of 5x70 px"),
         ({"stop": ["x"]}, "want tokenizer= as well"),
+        ({"input_ids": [[5, 6]]}, "input_ids: got list, want a tensor of integers"),
+        ({"input_ids": torch.ones(2, 3)}, r"input_ids: got torch\.float32, want a tensor of integers"),
+        (
+            {"input_ids": torch.zeros(0, 3).long()},
+            r"input_ids: got shape \(0, 3\), want \(rows, tokens\) with at least",
+        ),
+        ({"min_new_tokens": 5000, "max_new_tokens": 9000}, "min_new_tokens=5000: want less than text.max_seq_len="),
         ({"num_beams": 2, "output_logits": True}, "want num_beams=1 with output_logits"),
     ],
 )

@@ -30,6 +30,8 @@ def check_context(
     """
     room: list[int] = []
     needed = max(1, min_new_tokens)
+    if needed >= max_seq_len:
+        raise ValueError(f"min_new_tokens={min_new_tokens}: want less than text.max_seq_len={max_seq_len}")
     for row, (text, visual) in enumerate(zip(text_tokens, visual_tokens, strict=True)):
         if text + visual == 0:
             raise ValueError(f"row {row}: the prompt is empty, want at least one token")

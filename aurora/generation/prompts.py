@@ -128,8 +128,11 @@ def read_prompts(
     Raises:
         ValueError: if the shapes do not fit.
     """
-    if input_ids.ndim != 2:
-        raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, want (rows, tokens)")
+    if not isinstance(input_ids, Tensor) or input_ids.is_floating_point():
+        got = input_ids.dtype if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        raise ValueError(f"input_ids: got {got}, want a tensor of integers, (rows, tokens)")
+    if input_ids.ndim != 2 or not len(input_ids):
+        raise ValueError(f"input_ids: got shape {tuple(input_ids.shape)}, want (rows, tokens) with at least one row")
     if attention_mask is not None and attention_mask.shape != input_ids.shape:
         want = tuple(input_ids.shape)
         raise ValueError(f"attention_mask: got shape {tuple(attention_mask.shape)}, want {want} as input_ids")

@@ -16,6 +16,8 @@ from torch import Tensor
 
 DRAWS_AT_ONCE = 256
 """Random numbers drawn together for each row; the device is given new ones when they are used up."""
+_LEAST = 1e-6
+"""Of numbers that divide logits, which would be infinite else."""
 _HEAD = 512
 """On a CPU, top-p first looks at so many likeliest tokens: ordering a whole vocabulary takes longer than they do."""
 
@@ -61,16 +63,16 @@ class SamplingConfig:
             raise ValueError(f"seed={self.seed!r}: want an integer >= 0, or one for each row")
 
     def _check_filters(self) -> None:
-        if not _is_number(self.temperature) or not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r}: want a number >= 0 (0 is greedy)")
+        if not _is_number(self.temperature) or not (self.temperature == 0 or _LEAST <= self.temperature < math.inf):
+            raise ValueError(f"temperature={self.temperature!r}: want a number >= {_LEAST}, or 0 (greedy)")
         if not _is_number(self.top_p) or not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p!r}: want a number in (0, 1]")
         if not _is_integer(self.top_k) or self.top_k < 0:
             raise ValueError(f"top_k={self.top_k!r}: want an integer >= 0 (0 is all tokens)")
         if not _is_number(self.min_p) or not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p!r}: want a number in [0, 1] (0 is all tokens)")
-        if not _is_number(self.repetition_penalty) or not 0 < self.repetition_penalty < math.inf:
-            raise ValueError(f"repetition_penalty={self.repetition_penalty!r}: want a number > 0 (1 is none)")
+        if not _is_number(self.repetition_penalty) or not _LEAST <= self.repetition_penalty < math.inf:
+            raise ValueError(f"repetition_penalty={self.repetition_penalty!r}: want a number >= {_LEAST} (1 is none)")
 
     def _check_lengths(self) -> None:
         if not _is_integer(self.max_new_tokens) or self.max_new_tokens < 1:
@@ -96,8 +98,8 @@ class SamplingConfig:
                 f"num_beams={self.num_beams}, temperature={self.temperature}: a beam search does not sample, want "
                 "temperature=0 or num_beams=1"
             )
-        if not _is_number(self.length_penalty) or not math.isfinite(self.length_penalty):
-            raise ValueError(f"length_penalty={self.length_penalty!r}: want a number (0 is no preference)")
+        if not _is_number(self.length_penalty) or not abs(self.length_penalty) <= 10:
+            raise ValueError(f"length_penalty={self.length_penalty!r}: want a number from -10 to 10 (0: no preference)")
         if not isinstance(self.early_stopping, bool):
             raise ValueError(f"early_stopping={self.early_stopping!r}: want True or False")
 
@@ -137,6 +139,9 @@ class LogitRules:
             vocab_size: Token ids V.
             device: Where the scores are.
             stop_ids: Tokens that end an answer.
+
+        Raises:
+            ValueError: if min_new_tokens forbids every token.
         """
         self._penalty = config.repetition_penalty
         self._min_new_tokens = config.min_new_tokens
@@ -144,10 +149,14 @@ class LogitRules:
         if config.repetition_penalty != 1:
             self._seen = torch.zeros(batch_size, vocab_size, dtype=torch.bool, device=device)
         self._stops: Tensor | None = None
-        known = [token for token in stop_ids if token < vocab_size]
+        known = {token for token in stop_ids if token < vocab_size}
         if config.min_new_tokens > 0 and known:
+            if len(known) == vocab_size:
+                raise ValueError(
+                    f"min_new_tokens={config.min_new_tokens}: every token is in eos_token_id, want one that is not"
+                )
             self._stops = torch.zeros(vocab_size, dtype=torch.bool, device=device)
-            self._stops[known] = True
+            self._stops[list(known)] = True
         # On the device, so that a step never asks the host how far it is.
         self._num_chosen = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -211,7 +220,7 @@ class Sampler:
             keep_logprobs: Fill `logprobs`.
 
         Raises:
-            ValueError: if seeds are given for another number of rows.
+            ValueError: if seeds are given for another number of rows, or min_new_tokens forbids every token.
         """
         self.config = config
         if isinstance(config.seed, list) and len(config.seed) != batch_size:
@@ -276,8 +285,9 @@ class Sampler:
         total = cumulative[:, -1:]
         # Below the total even where the product rounds up to it.
         threshold = torch.minimum(drawn * total, total.nextafter(torch.zeros_like(total)))
-        # The first token whose cumulative probability exceeds the draw; one of probability 0 never does.
-        return torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+        # The first token whose cumulative probability exceeds the draw; one of probability 0 never does. Logits
+        # that are not finite give none; an id that does not exist would end a GPU's process before they are found out.
+        return torch.searchsorted(cumulative, threshold, right=True)[:, 0].clamp_max(logits.shape[-1] - 1)
 
 
 def are_finite(logits: Tensor) -> Tensor:

@@ -311,14 +311,16 @@ def test_repetition_penalty_punishes_generated_tokens_of_either_sign_in_their_ro
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.1}, "temperature=-0.1: want a number >= 0"),
+        ({"temperature": -0.1}, r"temperature=-0.1: want a number >= 1e-06, or 0 \(greedy\)"),
+        ({"temperature": 1e-30}, "temperature=1e-30: want a number >= 1e-06"),
         ({"temperature": math.nan}, "temperature=nan"),
         ({"temperature": "hot"}, "temperature='hot'"),
         ({"top_p": 0.0}, r"top_p=0.0: want a number in \(0, 1\]"),
         ({"top_p": 1.1}, "top_p=1.1"),
         ({"top_k": -1}, "top_k=-1: want an integer >= 0"),
         ({"top_k": 2.5}, "top_k=2.5"),
-        ({"repetition_penalty": 0}, "repetition_penalty=0: want a number > 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty=0: want a number >= 1e-06"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty=1e-38: want"),
         ({"max_new_tokens": 0}, "max_new_tokens=0: want an integer >= 1"),
         ({"max_new_tokens": True}, "max_new_tokens=True"),
         ({"min_p": -0.1}, r"min_p=-0.1: want a number in \[0, 1\]"),
@@ -329,7 +331,8 @@ def test_repetition_penalty_punishes_generated_tokens_of_either_sign_in_their_ro
         ({"stop": ["a", 3]}, r"stop=\['a', 3\]: want"),
         ({"num_beams": 0}, "num_beams=0: want an integer >= 1"),
         ({"num_beams": 2, "temperature": 0.5}, "num_beams=2, temperature=0.5: a beam search does not sample, want"),
-        ({"length_penalty": math.inf}, "length_penalty=inf: want a number"),
+        ({"length_penalty": math.inf}, "length_penalty=inf: want a number from -10 to 10"),
+        ({"length_penalty": 1000}, "length_penalty=1000: want a number from -10 to 10"),
         ({"early_stopping": "never"}, "early_stopping='never': want True or False"),
         ({"eos_token_id": -2}, "eos_token_id=-2: want a token id"),
         ({"eos_token_id": [2, "x"]}, "eos_token_id="),
@@ -339,6 +342,26 @@ def test_repetition_penalty_punishes_generated_tokens_of_either_sign_in_their_ro
 def test_wrong_values_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SamplingConfig(**settings)
+
+
+@pytest.mark.parametrize("settings", [{"temperature": 1e-6}, {"temperature": 1e30}, {"repetition_penalty": 1e-6}])
+def test_extreme_settings_still_choose_a_token(settings: dict[str, Any]) -> None:
+    options = {"temperature": 1.0, "seed": 0} | settings
+    ids = torch.tensor(draw(torch.tensor([[1e4, -1e4, 3.0, 2.0]]).expand(50, 4), 4, **options))
+    assert ids.min() >= 0
+    assert ids.max() < 4
+
+
+def test_every_token_ending_the_answer_is_refused_where_none_may() -> None:
+    with pytest.raises(ValueError, match="min_new_tokens=1: every token is in eos_token_id, want one that is not"):
+        draw(torch.zeros(2, 3), 1, min_new_tokens=1, eos_token_id=[0, 1, 2])
+
+
+def test_logits_that_are_no_numbers_give_an_id_that_exists() -> None:
+    """The engine refuses them, but on a GPU only some steps later."""
+    logits = torch.full((3, 4), math.nan)
+    for settings in ({"temperature": 1.0, "seed": 1, "repetition_penalty": 2.0}, {"repetition_penalty": 2.0}):
+        assert 0 <= min(map(min, draw(logits, 3, **settings))) <= max(map(max, draw(logits, 3, **settings))) < 4
 
 
 def test_seeds_must_match_the_rows() -> None:
