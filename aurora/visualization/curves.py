@@ -196,8 +196,11 @@ def tokens_figure(record: Mapping[str, Any], theme: Theme = LIGHT) -> Figure:
         linewidth=2.2,
         label="merging in the encoder",
     )
-    _log_axis(right, [tick for tick in (25, 50, 100, 200, 500, 1000, 2000, 5000) if x[0] * 0.9 < tick < x[-1] * 1.1])
-    right.set_xlabel("visual tokens of a clip")
+    ticks = [tick for tick in (25, 50, 100, 200, 500, 1000, 2000, 5000) if x[0] * 0.9 < tick < x[-1] * 1.1]
+    mib_per_token = curve[-1]["kv_mib"] / curve[-1]["visual_tokens"]
+    _log_axis(right, ticks)
+    right.set_xticks(ticks, [f"{tick:g}\n{tick * mib_per_token:.2g}" for tick in ticks])
+    right.set_xlabel("visual tokens of a clip, and MiB of memory that they take")
     right.set_ylabel("facts right, %")
     handles, labels = right.get_legend_handles_labels()
     right.legend(
@@ -209,7 +212,8 @@ def tokens_figure(record: Mapping[str, Any], theme: Theme = LIGHT) -> Figure:
         figure,
         "Left: VDCscore (accuracy) of the models in the paper (arXiv 2410.03051); AuroraCap-7B at kept ratios from "
         f"0.01 on. Right: ours, another benchmark ({record['num_clips']} TinyWorld clips; band: 95 % interval over "
-        "clips); all at the same token counts, on a model that was trained with merging in its encoder.",
+        "clips); all at the same token counts, on a model that was trained with merging in its encoder. Memory: keys "
+        "and values in the language model.",
         theme,
     )
 

@@ -82,6 +82,22 @@ def test_case_and_punctuation_do_not_matter():
     assert caption_metrics(["The dog, runs!", "A car."], [['"The dog" ran'], ["A red car..."]]) == plain
 
 
+def test_the_numbers_are_those_of_the_coco_evaluation():
+    """What pycocoevalcap 1.2 gives for six pairs; `test_metrics_equal_the_coco_evaluation` asks it itself for 200."""
+    captions, references = random_pairs(6)
+    assert bleu(captions, references) == pytest.approx(
+        [0.7834008839739908, 0.7420289008551627, 0.6987798471875591, 0.643472556631727], abs=1e-9
+    )
+    assert [rouge_l(*pair) for pair in zip(captions, references)] == pytest.approx(
+        [0.7439024390243902, 0.8895833333333334, 0.8341880341880341, 0.6434599156118143, 0.6792873051224945,
+         0.7721518987341772], abs=1e-9
+    )  # fmt: skip
+    assert cider_d(captions, references) == pytest.approx(
+        [3.8128138302743846, 5.771693899746931, 6.964087878520315, 3.9701191200578534, 5.992885591465408,
+         1.6339365652937898], abs=1e-9
+    )  # fmt: skip
+
+
 def test_the_subsequence_is_the_longest():
     rng = random.Random(1)
     for _ in range(50):

@@ -138,6 +138,19 @@ def test_intervals_cover_the_truth_about_nineteen_times_in_twenty():
     assert 50 <= covered <= 60
 
 
+def test_an_interval_is_over_the_videos_that_count_and_that_of_the_mean_over_all_categories():
+    """Video b has an unparsed question, and so no part in the average or its interval; camera is all wrong."""
+    yes, no = '{"pred": "yes", "score": 5}', '{"pred": "no", "score": 0}'
+    entries = [judged("a", yes), judged("b", no), judged("a", no, "camera"), judged("b", no, "camera")]
+    lost = judged("b", "hm", question="other")
+    entries.append(Judged(item=lost.item, status=Status.unparsed, replies=lost.replies))
+    scores = score_categories(entries, resamples=50)
+    short, mean = scores["categories"]["short"], scores["mean"]
+    assert short["all"] == {"score": 5, "accuracy": 1, "num_videos": 1}
+    assert short["interval"] == {"score": [5, 5], "accuracy": [1, 1]}
+    assert mean["interval"] == {"score": [2.5, 2.5], "accuracy": [0.5, 0.5]}
+
+
 def test_a_category_weighs_the_same_however_many_questions_it_has():
     entries = [judged("a", '{"pred": "yes", "score": 5}', "short")]
     entries += [judged("a", '{"pred": "no", "score": 1}', "detailed", question=str(i)) for i in range(9)]

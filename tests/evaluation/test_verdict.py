@@ -20,6 +20,7 @@ from aurora.evaluation.verdict import Verdict, read_object, read_published, read
         ('{"pred": "yes", "score": 3, "reason": "it\\"s {so}, or not"}', Verdict(True, 3)),
         ("Sure! {'pred': 'yes', 'score': 5}", None),
         ("{'pred': 'yes', 'score': 5} Hope that helps", None),
+        ("{'pred': 'yes', 'score': 5} or {'pred': 'no', 'score': 0}", None),
         ("{'pred': 'yes', 'score': 9}", None),
         ("{'pred': 'yes', 'score': -1}", None),
         ("{'pred': 'maybe', 'score': 3}", None),

@@ -27,7 +27,7 @@ def a_record():
             "variant": variant, "ratio": ratio, "visual_tokens": 1000 * ratio, "tokens_per_frame": 125 * ratio,
             "share_delivered": ratio, "accuracy": {"value": quality, "low": quality - 0.02, "high": quality + 0.02},
             "tasks_of_unmerged": [quality - 0.1, quality, quality + 0.1],
-            "seconds": {"encode": 0.1 * ratio, "prefill": 0.2 * ratio, "decode": 0.1},
+            "seconds": {"encode": 0.1 * ratio, "prefill": 0.2 * ratio, "decode": 0.1}, "kv_mib": 6 * ratio,
         }  # fmt: skip
 
     points = [point("exact", ratio, quality) for ratio, quality in zip(RATIOS, (1.0, 0.98, 0.9, 0.6))]
@@ -100,6 +100,8 @@ def test_every_model_of_the_paper_is_in_the_tokens_figure():
             assert [list(pair) for pair in zip(entry["visual_tokens"], entry["vdcscore"])] in drawn
     assert set(lines(right)) == {"merging in the encoder", "merging after the encoder", "uniform drop", "random drop"}
     assert lines(right)["uniform drop"].tolist() == [[100, 80]]
+    ticks = {label.get_text() for label in right.get_xticklabels()}
+    assert {"50\n0.3", "500\n3"} <= ticks  # 6 KiB a token
 
 
 def test_the_time_figure_adds_up_the_phases():
