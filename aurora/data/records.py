@@ -7,6 +7,7 @@ record without a medium is text alone. Only where each record stands is kept in 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,8 @@ from aurora.processing.chat import IMAGE_TOKEN
 KINDS = ("text", "image", "video")
 """What a record shows; a list of several frames counts as a video."""
 _ROLES = ("human", "gpt")
+_SMALL_FILE = 2**26
+"""Bytes of a file that is looked at as a whole, to say what is wrong with it."""
 
 
 class Placeholders(Enum):
@@ -103,6 +106,23 @@ class DataConfig:
         return found
 
 
+def digest_files(config: DataConfig) -> str:
+    """Return a name of what the files of records hold; another order or another byte is another name.
+
+    Raises:
+        ValueError: if there is no file.
+    """
+    found = hashlib.sha256()
+    for source in config.all_sources().values():
+        path = Path(source.path).expanduser()
+        try:
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise ValueError(f"{path}: not readable ({error.strerror}); want a .jsonl or .json file") from None
+    return found.hexdigest()[:16]
+
+
 class Place(NamedTuple):
     """Where a record stands in its file."""
 
@@ -179,7 +199,10 @@ def check_record(raw: Any, *, num_frames: int) -> Record:
         raise ValueError("; ".join(wrong))
     kind = "video" if video is not None or len(frames) > 1 else "image" if frames else "text"
     record = Record(messages, kind, frames, video)
-    _check_placeholders(record, len(frames) if frames else num_frames if video is not None else 0)
+    if kind == "text" and (found := record.num_placeholders):
+        counted, keys = _counted(found), ", ".join(map(str, raw))
+        raise ValueError(f"too many placeholders: {counted} without an image or a video (keys: {keys}), want none")
+    _check_placeholders(record, len(frames) or num_frames)
     return record
 
 
@@ -221,8 +244,15 @@ def _check_messages(raw: Mapping[str, Any], wrong: list[str]) -> list[Mapping[st
         roles = [message["from"] for message in messages]
         if "human" not in roles:
             wrong.append("conversations: got no question, want one message from human")
-        elif roles[-1] == "human":
+            return messages
+        if roles[-1] == "human":
             wrong.append(f"conversations[{len(roles) - 1}]: a question without an answer, want one from gpt")
+        # An answer in front of the first question is left out, as in LLaVA; a later one would be lost unseen.
+        wrong += [
+            f"conversations[{number}]: an answer behind an answer, want a question from human between them"
+            for number in range(roles.index("human") + 1, len(roles))
+            if roles[number - 1] == roles[number] == "gpt"
+        ]
     return messages
 
 
@@ -247,14 +277,16 @@ def _message_mistake(message: Any) -> str:
 
 def _check_placeholders(record: Record, num_frames: int) -> None:
     found = record.num_placeholders
-    if found == num_frames or (found == 1 and num_frames):
+    if record.kind == "text" or found in (1, num_frames):
         return
-    counted = f"{found} placeholder{'s' * (found != 1)} {IMAGE_TOKEN}"
-    if not num_frames:
-        raise ValueError(f"too many placeholders: {counted} without an image or a video, want none")
-    size = "too few" if found < 1 or found < num_frames else "too many"
+    size = "too few" if found < num_frames else "too many"
     wanted = "want 1" if num_frames == 1 else f"want 1 for the clip or {num_frames}, one per frame"
-    raise ValueError(f"{size} placeholders: {counted} for {num_frames} frame{'s' * (num_frames != 1)}, {wanted}")
+    frames = f"{num_frames} frame{'s' * (num_frames != 1)}"
+    raise ValueError(f"{size} placeholders: {_counted(found)} for {frames}, {wanted}")
+
+
+def _counted(placeholders: int) -> str:
+    return f"{placeholders} placeholder{'s' * (placeholders != 1)} {IMAGE_TOKEN}"
 
 
 def scan(path: Path) -> Iterator[tuple[Place, Any, str]]:
@@ -282,6 +314,9 @@ def scan(path: Path) -> Iterator[tuple[Place, Any, str]]:
 
 def _scan_lines(file: Any) -> Iterator[tuple[Place, Any, str]]:
     offset = 0
+    if (keys := _keys_of_one_object(file)) is not None:
+        yield Place(1, 0, 0), None, f"got one object over several lines (keys: {keys}), want one a line, or an array"
+        return
     for line, content in enumerate(file, start=1):
         place = Place(line, offset, len(content))
         offset += len(content)
@@ -294,6 +329,17 @@ def _scan_lines(file: Any) -> Iterator[tuple[Place, Any, str]]:
         except (ValueError, RecursionError) as error:
             reason = f"{error.msg}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
             yield place, None, f"bad JSON ({reason}), want one object a line"
+
+
+def _keys_of_one_object(file: Any) -> str | None:
+    """Return the keys if the whole file is one object over several lines: each of these would be a mistake."""
+    first = file.readline().strip()
+    content = first + file.read(_SMALL_FILE) if first in (b"{", b"\xef\xbb\xbf{") else b""
+    file.seek(0)
+    try:
+        return ", ".join(json.loads(content.decode("utf-8-sig")))
+    except (ValueError, RecursionError):
+        return None
 
 
 def _scan_array(content: bytes) -> Iterator[tuple[Place, Any, str]]:

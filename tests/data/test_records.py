@@ -34,6 +34,14 @@ MISTAKES = {
     "image: got [], want a file name": {**GOOD, "image": []},
     "image and video are both given": {**GOOD, "video": "b.mp4"},
     'conversations: got "hi", want a list': {**GOOD, "conversations": "hi"},
+    "1 placeholder <image> without an image or a video (keys: images, conversations)": {
+        "images": ["a.png"],
+        "conversations": turns("<image>Q", "A"),
+    },
+    "conversations[2]: an answer behind an answer, want a question": {
+        **GOOD,
+        "conversations": [*turns("<image>Q", "A"), {"from": "gpt", "value": "B"}],
+    },
     "<image> in an answer": {**GOOD, "conversations": turns("<image>Q", "A <image>")},
 }
 
@@ -79,6 +87,24 @@ def test_json_array_keeps_lines_and_places(tmp_path):
     path.write_text("[]")
     with pytest.raises(ValueError, match="no record in the file"):
         opened(path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_one_object_over_several_lines_is_one_mistake(tmp_path, encoding):
+    path = tmp_path / "d.json"
+    path.write_text(json.dumps({"data": [GOOD], "version": 1}, indent=1), encoding=encoding)
+    with pytest.raises(DataError) as caught:
+        opened(path)
+    wanted = "got one object over several lines (keys: data, version), want one a line, or an array"
+    assert [tuple(mistake) for mistake in caught.value.mistakes] == [(f"{path}:1", wanted)]
+
+
+def test_an_answer_in_front_of_the_first_question_is_left_out(tmp_path):
+    write_image(tmp_path / "a.png")
+    said = [{"from": "gpt", "value": "Hello"}, *turns("<image>Q", "A")]
+    first = opened(write_jsonl(tmp_path / "d.jsonl", [{**GOOD, "conversations": said}]))[0]
+    again = opened(write_jsonl(tmp_path / "e.jsonl", [{**GOOD, "conversations": said[1:]}]))[0]
+    assert first.input_ids == again.input_ids
 
 
 def test_an_answer_behind_the_limit_is_a_mistake(tmp_path):
