@@ -147,6 +147,19 @@ def environment_report() -> dict[str, str]:
     return report
 
 
+def process_bytes(key: str) -> int | None:
+    """Return what Linux says about this process's memory, in bytes; None on a system that does not say it so.
+
+    Args:
+        key: `VmRSS`, the memory held now, or `VmHWM`, the most held so far. Not `ru_maxrss`: a new program inherits
+            the peak of the process that started it.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    return int(status.read_text().split(f"{key}:")[1].split()[0]) * 1024
+
+
 def release_free_memory() -> None:
     """Give back to the system what was freed: glibc keeps freed blocks of up to 32 MB, among them those of weights.
 

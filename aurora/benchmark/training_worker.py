@@ -12,12 +12,12 @@ import os
 import subprocess
 import sys
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from aurora.benchmark.training_case import CASES, PEER, Ours, Peer, Trainer, batches, build_model, merge_of
+from aurora.runtime import process_bytes
 from aurora.training.config import Precision
 
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TOP_PAD_": "0"}
@@ -41,7 +41,7 @@ def build_trainer(case: str, side: str, seed: int, precision: Precision, device:
 
 def peak_bytes(case: str, side: str, precision: Precision, device: torch.device) -> int | None:
     """Measure a side in a fresh process; None where the operating system does not tell."""
-    if device.type != "cuda" and not Path("/proc/self/status").exists():
+    if device.type != "cuda" and process_bytes("VmHWM") is None:
         return None
     settings = {"case": case, "side": side, "precision": precision.value, "device": str(device)}
     done = subprocess.run(
@@ -71,8 +71,9 @@ def main(settings: dict[str, Any]) -> None:
 def _memory(key: str, device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) if key == "VmRSS" else torch.cuda.max_memory_allocated(device)
-    # Not ru_maxrss: a new program inherits the peak of the process that started it.
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
+    found = process_bytes(key)
+    assert found is not None, "peak_bytes asks first"
+    return found
 
 
 if __name__ == "__main__":

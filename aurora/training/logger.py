@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
+from aurora.runtime import process_bytes
+
 CURVE_FILE = "curve.jsonl"
 """Records of a stage: losses, rates and scores, one JSON object a line."""
 WORK = ("tokens", "visual_tokens", "flops")
@@ -29,6 +31,8 @@ _UNITS = {
 }
 """How some numbers are printed."""
 _LIVE = ("loss", "tokens_per_s", "visual_tokens_per_s", "memory_gib", "mfu", "tflops_per_s")
+"""What a live line shows, as far as the terminal is wide enough."""
+_ETA_WIDTH, _BAR_WIDTH = 7, 8
 
 
 @dataclass(kw_only=True, slots=True)
@@ -100,6 +104,7 @@ class RunLog:
         self._started, self._first, self._step = time.monotonic(), start, start
         self._window, self._paused_s, self._window_paused_s = self._started, 0.0, 0.0
         self._values: dict[str, list[float]] = {}
+        self._losses: list[float] = []  # of the first and the newest record
         self._sinks = open_sinks(config, folder, name, start) if enabled else []
         self._live = _live_line(name, num_steps, start) if enabled and config.progress else None
         if enabled and self._path.exists():
@@ -114,12 +119,17 @@ class RunLog:
         for key, value in values.items():
             self._values.setdefault(key, []).append(value)
         if self._live is not None:
-            shown = {key: value for key, value in self._means().items() if key in _LIVE}
-            self._live.update(self._live.task_ids[0], completed=self._step, numbers=_as_text(shown))
+            means = self._means()
+            count = f"{self._step}/{self._num_steps}"
+            room = self._live.console.width - len(f"{self._name} {'-' * _BAR_WIDTH} {count} ") - _ETA_WIDTH - 1
+            numbers = _as_text({key: means[key] for key in _LIVE if key in means}, room)
+            self._live.update(self._live.task_ids[0], completed=self._step, count=count, numbers=numbers)
 
     def write(self, step: int, **extra: float) -> None:
         """Record the means since the last record, at finished step `step`, and print them."""
         means = self._means()
+        if "loss" in means:
+            self._losses = [*self._losses[:1], means["loss"]]
         self._values = {}
         self._window, self._window_paused_s = time.monotonic(), 0.0
         rate = (step - self._first) / max(1e-9, self._window - self._started - self._paused_s)
@@ -146,6 +156,17 @@ class RunLog:
             sink.text(step, name, lines)
         for line in lines:
             self._print(f"  {name}: {line}")
+
+    def say(self, line: str) -> None:
+        """Print a line about the run; it is in no file."""
+        if self._enabled:
+            self._print(line)
+
+    def summary(self) -> str:
+        """Say what the steps since the log was opened have done: how many, how long, first and last loss recorded."""
+        took = timedelta(seconds=round(time.monotonic() - self._started))
+        losses = f", loss {self._losses[0]:.4g} -> {self._losses[-1]:.4g}" if self._losses else ""
+        return f"{self._step - self._first} steps in {took}{losses}"
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -178,8 +199,11 @@ class RunLog:
         return means | ({"mfu": flops / self._peak_flops} if self._peak_flops else {})
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self._path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # a write's own message has no name
+            raise OSError(f"{self._path}: cannot write ({error.strerror}); the checkpoints stay") from None
 
     def _print(self, line: str) -> None:
         if self._live is not None:
@@ -192,8 +216,10 @@ def peak_memory_gib() -> float:
     """Return the most memory this process has held: of the GPU where there is one in use, else of the process."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes there, KiB on Linux
+    peak = process_bytes("VmHWM")
+    if peak is None:  # macOS, where it is in bytes, and a new program starts anew
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30
 
 
 def measured_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
@@ -275,28 +301,34 @@ def _live_line(name: str, num_steps: int, start: int) -> Any:
     """Start a live line, or return None: not a terminal, or a process among several that print."""
     if not sys.stdout.isatty() or multiprocessing.parent_process() is not None:
         return None
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     line = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[numbers]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=_BAR_WIDTH),
+        TextColumn("{task.fields[count]}", markup=False),
+        TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=_ETA_WIDTH)),
+        TextColumn("{task.fields[numbers]}", markup=False),
+        console=Console(),
         refresh_per_second=4,
     )
-    line.add_task(name, total=num_steps, completed=start, numbers="")
+    line.add_task(name, total=num_steps, completed=start, count=f"{start}/{num_steps}", numbers="")
     line.start()
     return line
 
 
-def _as_text(values: Mapping[str, float]) -> str:
+def _as_text(values: Mapping[str, float], room: int | None = None) -> str:
+    """Write numbers in a row; of those that do not fit into `room` characters the last ones are left out."""
     parts = []
     for key, value in values.items():
         if key == "eta_s":
             parts.append(f"{timedelta(seconds=round(value))} left")
         else:
             parts.append(_UNITS[key].format(value) if key in _UNITS else f"{key} {value:.5g}")
+    while room is not None and parts and len("  ".join(parts)) > room:
+        parts.pop()
     return "  ".join(parts)
 
 

@@ -34,6 +34,9 @@ _FIXED_ON_RESUME = (
 )
 
 
+_DIGESTS = ("data", "files")
+
+
 class Task(Protocol):
     """What a stage learns: a module, and losses that are a function of the step alone."""
 
@@ -131,7 +134,7 @@ def run_stage(
     keep: int = 2,
     stop_after: int | None = None,
     logger: LoggerConfig | None = None,
-    data_digest: str | None = None,
+    identity: Mapping[str, str | int] | None = None,
 ) -> None:
     """Train `task` to `num_steps` finished steps, from the newest complete checkpoint in `folder` if there is one.
 
@@ -145,7 +148,8 @@ def run_stage(
         keep: Newest checkpoints kept.
         stop_after: Leave, with a checkpoint, once this many steps are finished.
         logger: Where numbers go beside the curve.
-        data_digest: Name of the data and its order; a checkpoint of other data is not continued.
+        identity: What else makes the run the one it is: `seed`, `data` (a digest of samples and order), `files`, ...;
+            kept in checkpoints, and one in which any but `files` differs is not continued.
 
     Raises:
         ValueError: if the checkpoint was written under a configuration that would make the continuation another run.
@@ -153,17 +157,18 @@ def run_stage(
     """
     folder.mkdir(parents=True, exist_ok=True)
     learning = start_learning(task, stage)
-    info = {"stage": name, "num_steps": num_steps, "data": data_digest, "config": plain(asdict(stage))}
+    info = {"stage": name, "num_steps": num_steps, "config": plain(asdict(stage)), **(identity or {})}
     steps = checkpoint_steps(folder)
     done = world.agree(steps[-1] if steps else 0)
     if done:
         state = read_state(checkpoint_path(folder, done))
-        _check_resumable(state, info, folder)
+        _check_resumable(state, info, folder, identity or {})
         load_checkpoint(checkpoint_path(folder, done), task.module, learning.optimizer, learning.average)
         learning.scaler.load_state_dict(state.get("scaler", learning.scaler.state_dict()))
     log = _open_log(
         stage, folder, name=name, num_steps=num_steps, start=done, world=world, config=logger or LoggerConfig()
     )
+    log.say(f"{name}: {_in_short(learning, stage, num_steps, world)}" + (f", from step {done} on" if done else ""))
     shares_model = stage.parallel is Parallel.fsdp
     parent = os.getppid() if multiprocessing.parent_process() is not None else None
     end = min(num_steps, stop_after or num_steps)
@@ -191,6 +196,8 @@ def run_stage(
                     world.barrier()
     finally:
         log.close()
+    if end > done:
+        log.say(f"{name}: {log.summary()}, {checkpoint_path(folder, end)}")
 
 
 def train_step(learning: Learning, stage: StageConfig, *, step: int, world: World) -> dict[str, float]:
@@ -248,6 +255,15 @@ def _clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
+def _in_short(learning: Learning, stage: StageConfig, num_steps: int, world: World) -> str:
+    """Say what a stage does: steps, what learns, arithmetic, processes."""
+    learned = sum(parameter.numel() for parameter in learning.parameters)
+    total = sum(parameter.numel() for parameter in learning.task.module.parameters())
+    ranks = f"{world.size} ranks ({stage.parallel.value})" if world.size > 1 else world.device.type
+    numbers = f"{learned / 1e6:,.2f} of {total / 1e6:,.2f} M parameters learn"
+    return f"{num_steps} steps of {stage.batch_size}, {numbers}, {stage.precision.value} on {ranks}"
+
+
 def _open_log(
     stage: StageConfig,
     folder: Path,
@@ -294,16 +310,17 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _check_resumable(state: Mapping[str, Any], info: Mapping[str, Any], folder: Path) -> None:
+def _check_resumable(
+    state: Mapping[str, Any], info: Mapping[str, Any], folder: Path, identity: Mapping[str, str | int]
+) -> None:
     """Refuse to continue a run as another one; a changed cadence, learning rate or number of ranks is allowed."""
-    if state.get("data") != info["data"]:
-        raise ValueError(f"{folder}: its checkpoint was trained on other data; want the same, or another run_dir")
-    before = plain(asdict(StageConfig())) | state["config"]  # a setting that is newer than the checkpoint
     if state["stage"] != info["stage"]:
         raise ValueError(f"{folder}: holds stage {state['stage']!r}, want {info['stage']!r}")
-    differing = {
-        key: (before[key], info["config"][key]) for key in _FIXED_ON_RESUME if before[key] != info["config"][key]
-    }
-    if differing:
-        table = "; ".join(f"{key}={new!r}, the checkpoint has {old!r}" for key, (old, new) in differing.items())
+    before = plain(asdict(StageConfig())) | state["config"]  # a setting that is newer than the checkpoint
+    found = [(key, before[key], info["config"][key]) for key in _FIXED_ON_RESUME]
+    found += [(key, state[key], value) for key, value in identity.items() if key in state and key not in _DIGESTS]
+    if differing := [f"{key}={new!r}, the checkpoint has {old!r}" for key, old, new in found if old != new]:
+        table = "; ".join(differing)
         raise ValueError(f"{folder}: cannot resume with {table}: want the same values or another run_dir")
+    if "data" in identity and state.get("data") != identity["data"]:
+        raise ValueError(f"{folder}: its checkpoint was trained on other data; want the same, or another run_dir")

@@ -44,15 +44,19 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"optim.lr={self.lr}: want a positive number")
         for name in ("decay_share", "final_lr_share", "warmup_share"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 1:
                 raise ValueError(f"optim.{name}={value}: want a number in [0, 1]")
-        if self.clip_norm <= 0:
-            raise ValueError(f"optim.clip_norm={self.clip_norm}: want a positive number")
-        if self.betas is not None and len(self.betas) != 2:
-            raise ValueError(f"optim.betas={self.betas}: want two numbers")
+        if not self.clip_norm > 0:
+            raise ValueError(f"optim.clip_norm={self.clip_norm}: want a positive number; inf clips nothing")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"optim.weight_decay={self.weight_decay}: want 0 or a positive number")
+        if self.betas is not None and not (len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)):
+            raise ValueError(f"optim.betas={self.betas}: want two numbers in [0, 1)")
+        if self.warmup_steps < 0:
+            raise ValueError(f"optim.warmup_steps={self.warmup_steps}: want 0 or more")
 
 
 def lr_factor(step: int, num_steps: int, config: OptimConfig) -> float:

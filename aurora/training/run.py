@@ -4,8 +4,10 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import IO
 
 import hydra
 from omegaconf import DictConfig
@@ -13,7 +15,7 @@ from omegaconf import DictConfig
 from aurora.checkpoint.layouts import get_layout
 from aurora.checkpoint.pretrained import read_config
 from aurora.config import load_config, register_schema
-from aurora.data.records import DataError
+from aurora.data.records import DataConfig, DataError, digest_files
 from aurora.runtime import resolve_device
 from aurora.training import tiny
 from aurora.training.build import BUNDLED_MODEL, build_conversation_task, check_ranks, load_stage
@@ -24,7 +26,7 @@ from aurora.training.export import export_checkpoint, export_model
 from aurora.training.logger import CURVE_FILE
 from aurora.training.loop import Task, is_finished, plain, run_stage, scaled_steps
 from aurora.training.plan import format_plan, memory_plan
-from aurora.training.state import checkpoint_path, checkpoint_steps, read_state
+from aurora.training.state import checkpoint_path, checkpoint_steps, latest_checkpoint, lock_folder, read_state
 
 
 def train(config: TrainConfig) -> None:
@@ -60,8 +62,13 @@ def run_rendered(config: TrainConfig) -> None:
     Raises:
         ValueError: as `train`.
     """
-    _start_run(config)
-    tiny.prepare(config)
+    with _start_run(config):
+        tiny.prepare(config)
+        _render_pending(config)
+
+
+def _render_pending(config: TrainConfig) -> None:
+    """Run what is not finished of a recipe of rendered worlds."""
     pending = _pending(config)
     first = [name for name in pending if not config.stages[name].init_from]
     if first:
@@ -80,10 +87,18 @@ def run_conversations(config: TrainConfig, world: World) -> None:
     Raises:
         ValueError: as `train`.
     """
+    with _start_run(config) if world.is_main else nullcontext():
+        world.barrier()
+        _train_pending(config, world)
+
+
+def _train_pending(config: TrainConfig, world: World) -> None:
+    """Run what is not finished of a recipe of conversations."""
+    pending = _pending(config)
     if world.is_main:
-        _start_run(config)
-    world.barrier()
-    for name in _pending(config):
+        for name in (name for name in config.parts or config.stages if name not in pending):
+            _say_finished(config, name)
+    for name in pending:
         ranks = min(config.stages[name].max_ranks, config.workers)
         if world.size == 1 and ranks > 1 and not launched_by_torchrun():
             if world.device.type != "cpu":
@@ -96,9 +111,11 @@ def run_conversations(config: TrainConfig, world: World) -> None:
 def run_part(world: World, config: TrainConfig, name: str) -> None:
     """Train stage `name` in this process; the entry of each worker."""
     stage, task = config.stages[name], build_task(config, name, world)
-    num_steps, digest = scaled_steps(stage, config.scale), None
+    num_steps = scaled_steps(stage, config.scale)
+    identity: dict[str, str | int] = {"seed": config.seed}
     if isinstance(task, ConversationTask):
-        digest = task.data_digest
+        identity["image_aspect_ratio"] = task.processor.image_processor.config.aspect_ratio.value
+        identity |= {"data": task.data_digest, "files": digest_files(config.data)}
         if stage.num_epochs is not None:
             num_steps = max(2, round(task.num_steps(stage.num_epochs) * config.scale))
     run_stage(
@@ -110,7 +127,7 @@ def run_part(world: World, config: TrainConfig, name: str) -> None:
         world=world,
         keep=config.keep_checkpoints,
         logger=config.logger,
-        data_digest=digest,
+        identity=identity,
     )
 
 
@@ -187,13 +204,43 @@ def _check_recipe(config: TrainConfig) -> None:
     get_layout(config.export_layout)
 
 
-def _start_run(config: TrainConfig) -> None:
-    """Make the run's folder and note its configuration there."""
+def _start_run(config: TrainConfig) -> IO[str]:
+    """Make the run's folder and note its configuration there; other runs are kept out of it until the file is closed.
+
+    Raises:
+        ValueError: if the folder may not be continued, cannot be written, or another run writes there now.
+    """
     run_dir = Path(config.run_dir)
-    if not config.resume and run_dir.exists() and any(run_dir.iterdir()):
-        raise ValueError(f"run_dir={config.run_dir}: holds a run; want resume=true or an empty folder")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.json").write_text(json.dumps(plain(asdict(config)), indent=1) + "\n")
+    try:
+        if not config.resume and run_dir.exists() and any(run_dir.iterdir()):
+            raise ValueError(f"run_dir={config.run_dir}: holds a run; want resume=true or an empty folder")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(run_dir)
+        (run_dir / "config.json").write_text(json.dumps(plain(asdict(config)), indent=1) + "\n")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"run_dir={config.run_dir}: cannot write there ({reason}); want a folder with room") from None
+    return lock
+
+
+def _say_finished(config: TrainConfig, name: str) -> None:
+    """Say why a stage is not trained.
+
+    Raises:
+        ValueError: if it was trained on other files than the ones that are named now.
+    """
+    path = latest_checkpoint(Path(config.run_dir) / name)
+    trained_on = read_state(path).get("files")
+    if trained_on is not None and _is_named(config.data) and trained_on != digest_files(config.data):
+        raise ValueError(
+            f"run_dir={config.run_dir}: stage {name} is finished there, on other data; want another run_dir, or "
+            "export_only=true to export it again"
+        )
+    print(f"{name}: finished before, {path}; another run_dir trains anew", flush=True)
+
+
+def _is_named(data: DataConfig) -> bool:
+    return data.path is not None or bool(data.sources)
 
 
 def _pending(config: TrainConfig) -> list[str]:

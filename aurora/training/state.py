@@ -7,6 +7,7 @@ part into `shards/` (torch.distributed.checkpoint). Either is read by any number
 that name is always complete: what is being written is called `.writing-*` until the rename.
 """
 
+import fcntl
 import json
 import re
 import shutil
@@ -14,7 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 import torch.distributed as dist
@@ -115,6 +116,23 @@ def save_checkpoint(
         for old in checkpoint_steps(folder)[:-keep]:
             shutil.rmtree(checkpoint_path(folder, old))
     return target
+
+
+def lock_folder(folder: Path) -> IO[str]:
+    """Keep other runs out of `folder` until the file returned is closed, or this process ends in any way.
+
+    Raises:
+        ValueError: if another run holds it.
+    """
+    lock = (folder / ".lock").open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise ValueError(f"run_dir={folder}: another run writes there now; want its end, or another run_dir") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -9,7 +9,6 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from aurora.model.captioner import AuroraConfig, AuroraModel
 from aurora.model.llama import LlamaConfig
 from aurora.model.merge import MergeConfig
 from aurora.model.vision import VisionConfig
+from aurora.runtime import process_bytes
 from aurora.training.build import prepare_model
 from aurora.training.config import Objective, Parallel, Precision, StageConfig
 from aurora.training.conversations import AnswerLoss
@@ -113,9 +113,12 @@ def measure(
         parallel=Parallel.none if ranks == 1 else Parallel.fsdp,
     )
     take_steps(TINY, stage, 1, world)
-    base = _status("VmRSS")
+    base = process_bytes("VmRSS")
     lengths = take_steps(config, stage, num_frames, world)[1]
-    taken = _status("VmHWM") - base
+    most = process_bytes("VmHWM")
+    assert base is not None
+    assert most is not None
+    taken = most - base
     with torch.device("meta"):
         model = prepare_model(AuroraModel(config), stage)
     side = config.vision.image_size
@@ -143,11 +146,6 @@ def measure_afresh(**settings: Any) -> dict[str, int]:
     assert done.returncode == 0, done.stderr
     found: dict[str, int] = json.loads(done.stdout)
     return found
-
-
-def _status(key: str) -> int:
-    """Bytes; not ru_maxrss, since exec carries the parent's peak over into that."""
-    return int(Path("/proc/self/status").read_text().split(f"{key}:")[1].split()[0]) * 1024
 
 
 if __name__ == "__main__":

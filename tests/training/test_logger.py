@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -15,7 +17,7 @@ from aurora.model.llama import LlamaConfig
 from aurora.model.merge import MergeConfig
 from aurora.model.vision import VisionConfig
 from aurora.training.flops import FlopCounter
-from aurora.training.logger import LoggerConfig, RunLog, measured_peak_flops, open_sinks
+from aurora.training.logger import LoggerConfig, RunLog, measured_peak_flops, open_sinks, peak_memory_gib
 
 
 def log_of(folder: Path, start: int = 0, **changes: Any) -> RunLog:
@@ -146,6 +148,53 @@ def test_on_a_terminal_there_is_one_live_line(
     assert "s 2/10  val/loss 3" in out
     assert "s 1/10" not in out  # records go to the file, not between the lines
     assert len(rows(tmp_path)) == 3
+
+
+def test_the_live_line_keeps_its_time_on_a_narrow_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "80")
+    log = log_of(tmp_path, peak_flops=1e12)
+    for _ in range(3):
+        log.add({"loss": 12.345678, "tokens": 1e4, "visual_tokens": 1e4, "flops": 1e12})
+    log.close()
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)  # colours
+    shown = [line.rstrip() for line in re.split(r"\x1b\[[0-9;?]*[a-zA-Z]|[\r\n]", plain) if "loss" in line][-1]
+    assert 60 < len(shown) <= 80
+    assert "\u2026" not in shown  # nothing is cut
+    assert re.search(r"3/10 +(-|\d+):\S+ +loss 12\.346  \d+ tokens/s", shown)
+
+
+def test_a_summary_tells_the_first_and_the_last_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("aurora.training.logger.time.monotonic", lambda: now[0])
+    log = log_of(tmp_path, start=4)
+    assert log.summary() == "0 steps in 0:00:00"
+    for step, loss in ((5, 3.0), (6, 2.0), (7, 1.0)):
+        now[0] += 30
+        log.add({"loss": loss})
+        log.write(step)
+    assert log.summary() == "3 steps in 0:01:30, loss 3 -> 1"
+
+
+def test_a_full_disk_names_the_curve(tmp_path: Path) -> None:
+    log = log_of(tmp_path)
+    log.add({"loss": 1.0})
+    (tmp_path / "curve.jsonl").mkdir()  # nothing can be written there
+    with pytest.raises(OSError, match=r"curve\.jsonl: cannot write \(Is a directory\); the checkpoints stay"):
+        log.write(1)
+
+
+def test_the_peak_is_of_this_program_alone() -> None:
+    """`ru_maxrss` would start at the peak of the process that started it."""
+    held = torch.ones(2**26)  # 256 MiB
+    program = "from aurora.training.logger import peak_memory_gib; print(peak_memory_gib())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < peak_memory_gib() - 0.2
+    assert float(done.stdout) > 0.1
+    assert held.sum() > 0
 
 
 def test_peak_is_measured_on_gpus_alone() -> None:

@@ -168,6 +168,23 @@ def test_the_learning_rate_warms_up_holds_and_decays() -> None:
     assert all(a >= b for a, b in itertools.pairwise(factors[10:]))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lr", 0.0),
+        ("lr", float("inf")),
+        ("lr", float("nan")),
+        ("clip_norm", float("nan")),
+        ("weight_decay", -1.0),
+        ("betas", [0.9, 1.0]),
+        ("warmup_steps", -1),
+    ],
+)
+def test_numbers_that_cannot_train_are_refused(name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=rf"optim\.{name}="):
+        OptimConfig(**{name: value})  # type: ignore[arg-type]
+
+
 def test_optimizer_options_are_checked() -> None:
     module = Regression().module
     with pytest.raises(ValueError, match="want prefixes of trainable parameters"):

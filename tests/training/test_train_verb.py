@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 
 from aurora import cli
 from aurora.config import load_config
+from aurora.model.merge import MergeConfig
+from aurora.processing.image import AspectRatio
 from aurora.training import state
 from aurora.training.config import Debug, Objective, Parallel, Precision, StageConfig, TrainConfig
 from aurora.training.distributed import Launch, World, launched_by_torchrun
@@ -141,6 +143,60 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path, monkeypatch: 
     assert sorted(path.name for path in folder.iterdir()) == ["curve.jsonl", "step_0000002"]
 
 
+def test_a_finished_run_says_so_and_is_not_taken_for_one_on_other_data(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = recipe_of(tmp_path, "pretrain", num_steps=2)
+    train(config)
+    path = Path(config.run_dir) / "pretrain" / "step_0000002"
+    first, *_, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("pretrain: 2 steps of 4, 0.00 of 0.0")
+    assert first.endswith(" M parameters learn, fp32 on cpu")
+    assert last.startswith("pretrain: 2 steps in 0:00:")
+    assert last.endswith(f", {path}")
+    train(config)
+    assert capsys.readouterr().out == f"pretrain: finished before, {path}; another run_dir trains anew\n"
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(str(config.data.path)).read_text() + "\n")
+    with pytest.raises(ValueError, match=r"stage pretrain is finished there, on other data; want another run_dir"):
+        train(replace(config, data=replace(config.data, path=str(other))))
+    other.write_bytes(Path(str(config.data.path)).read_bytes())  # the same under another name
+    train(replace(config, data=replace(config.data, path=str(other))))
+
+
+def test_a_run_is_continued_as_itself_alone(tmp_path: Path) -> None:
+    config = recipe_of(tmp_path, "pretrain", num_steps=2)
+    train(config)
+    longer = recipe_of(tmp_path, "pretrain", num_steps=3)
+    with pytest.raises(ValueError, match=r"cannot resume with seed=1, the checkpoint has 0"):
+        train(replace(longer, seed=1))
+    with pytest.raises(ValueError, match=r"image_aspect_ratio='crop', the checkpoint has 'pad'"):
+        train(replace(longer, image_aspect_ratio=AspectRatio.crop))
+    merged = recipe_of(tmp_path, "pretrain", num_steps=3, merge=MergeConfig(token_kept_ratio=0.4))
+    with pytest.raises(ValueError, match=r"cannot resume with merge="):
+        train(merged)
+    train(longer)
+    assert checkpoint_steps(Path(config.run_dir) / "pretrain") == [2, 3]
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
+    config = recipe_of(tmp_path, "pretrain", num_steps=2)
+    Path(config.run_dir).mkdir()
+    with (
+        state.lock_folder(Path(config.run_dir)),
+        pytest.raises(ValueError, match=r"run_dir=.*: another run writes there now; want its end, or another run_dir"),
+    ):
+        train(config)
+    train(config)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    config = recipe_of(tmp_path, "pretrain", num_steps=2)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"run_dir=.*file: cannot write there \(File exists\); want a folder"):
+        train(replace(config, run_dir=str(tmp_path / "file")))
+
+
 def settings_of(config: TrainConfig) -> list[str]:
     paths = [f"run_dir={config.run_dir}", f"model_path={config.model_path}", f"export_dir={config.run_dir}/model"]
     return ["experiment=finetune", "device=cpu", "data.max_length=256", *paths]
@@ -215,7 +271,10 @@ def test_ctrl_c_and_the_same_command_again(tmp_path: Path) -> None:
     process = run_verb(config, *settings)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert out.splitlines()[0].startswith(f"finetune {kept + 1}/400")
+    said, first = out.splitlines()[:2]
+    assert said.startswith("finetune: 400 steps of 4, ")
+    assert said.endswith(f", from step {kept} on")
+    assert first.startswith(f"finetune {kept + 1}/400")
     assert (Path(config.run_dir) / "model" / "config.json").is_file()
 
 
