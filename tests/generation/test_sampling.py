@@ -354,7 +354,7 @@ def test_extreme_settings_still_choose_a_token(settings: dict[str, Any]) -> None
 
 def test_every_token_ending_the_answer_is_refused_where_none_may() -> None:
     with pytest.raises(ValueError, match="min_new_tokens=1: every token is in eos_token_id, want one that is not"):
-        draw(torch.zeros(2, 3), 1, min_new_tokens=1, eos_token_id=[0, 1, 2])
+        Sampler(SamplingConfig(min_new_tokens=1), batch_size=2, vocab_size=3, device=CPU, stop_ids=[0, 1, 2])
 
 
 def test_logits_that_are_no_numbers_give_an_id_that_exists() -> None:
