@@ -137,6 +137,7 @@ def test_more_sizes_compile_than_dynamo_allows_by_itself(model: AuroraModel, mon
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("mode", [Decoding.recorded, Decoding.compiled])
 def test_recorded_steps_give_the_same_ids(mode: Decoding) -> None:
     model = captioner("kv2").cuda()

@@ -268,6 +268,7 @@ def test_a_step_asks_the_device_nothing_and_moves_no_storage(settings: dict[str,
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("settings", [{}, EVERYTHING])
 def test_a_graph_chooses_what_a_call_does(settings: dict[str, Any]) -> None:
     cuda = torch.device("cuda")
