@@ -214,9 +214,11 @@ def _below_null(arguments: Iterable[str], schema: type | None) -> str:
 
 
 def _is_text(setting: Setting, value: str) -> bool:
-    """Whether a value of this key is free text; `null` stays null where the key may be empty."""
+    """Whether a value of this key is free text; `null` stays null where the key may be empty, as a number may."""
     is_list = typing.get_origin(setting.type) is list
     options = () if is_list else typing.get_args(setting.type) or (setting.type,)
+    if int in options and re.fullmatch(r"[+-]?\d+", value):
+        return False
     return str in options and not (value == "null" and type(None) in options)
 
 

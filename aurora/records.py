@@ -30,6 +30,8 @@ class JsonLines:
         self.path = Path(path).expanduser()
         if self.path.is_dir():
             raise ValueError(f"output={self.path}: this is a folder, want a .jsonl file")
+        if self.path.exists() and not self.path.is_file():  # reading a device may never end
+            raise ValueError(f"output={self.path}: this is a device or a pipe, want a .jsonl file")
         self.rows: list[dict[str, Any]] = []
         complete = 0
         if self.path.exists():
@@ -37,15 +39,23 @@ class JsonLines:
         if overwrite:
             self.rows, complete = [], 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)  # nothing is left to write when the file is closed
         self._file.truncate(complete)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row and have the operating system store it."""
+        """Write one row and have the operating system store it.
+
+        Raises:
+            OSError: if the disk refuses it, with the file's name; what was stored before stays.
+        """
         self.rows.append(dict(row))
-        self._file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def __enter__(self) -> JsonLines:
         return self

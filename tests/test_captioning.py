@@ -403,6 +403,28 @@ def test_rows_survive_being_killed(tmp_path):
     assert JsonLines(output).rows == [{"n": 1}, {"n": 2}]
 
 
+def test_a_full_disk_names_the_file_and_keeps_what_was_stored(tmp_path):
+    code = (
+        "import resource, sys; from aurora.records import JsonLines\n"
+        "log = JsonLines(sys.argv[1]); log.append({'n': 1})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)); log.append({'text': 'x' * 200})"
+    )
+    output = tmp_path / "out.jsonl"
+    done = subprocess.run([sys.executable, "-c", code, str(output)], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.endswith(f"OSError: [Errno 27] File too large: '{output}'\n")
+    assert output.stat().st_size == 100  # a part of the second row
+    with JsonLines(output) as log:
+        assert log.rows == [{"n": 1}]
+        log.append({"n": 2})
+    assert rows_of(output) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_device_is_no_output(tmp_path):
+    for device in ("/dev/null", "/dev/full", "/dev/zero"):
+        with pytest.raises(ValueError, match=f"output={device}: this is a device or a pipe, want a .jsonl file"):
+            JsonLines(device)
+
+
 def test_another_file_is_left_alone(tmp_path):
     for content in (b"hello\n", b"\x00\x01", b'[1]\n{"a": 1}\n', b"{\n  1\n}"):
         other = tmp_path / "other"
@@ -410,6 +432,26 @@ def test_another_file_is_left_alone(tmp_path):
         with pytest.raises(ValueError, match="output="):
             JsonLines(other)
         assert other.read_bytes() == content
+
+
+@pytest.mark.parametrize("size", ["2", "auto", "99"])
+def test_the_batch_size_is_a_number_or_auto_on_the_command_line(tiny_model, mixed_media, tmp_path, monkeypatch, size):
+    sizes, together = [], Captioner.caption_together
+
+    def recorded(self, clips, **options):
+        sizes.append(len(clips))
+        return together(self, clips, **options)
+
+    monkeypatch.setattr(Captioner, "caption_together", recorded)
+    cli.main(command(tiny_model, f"visual_input={mixed_media}", f"batch_size={size}", f"output={tmp_path / 'o.jsonl'}"))
+    assert max(sizes) == (2 if size == "2" else sum(sizes))
+    assert sum(sizes) == sum("caption" in row for row in rows_of(tmp_path / "o.jsonl"))
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "many", "2.5"])
+def test_no_other_batch_size_is(tiny_model, media, capsys, size):
+    message = refused(capsys, command(tiny_model, f"visual_input={media}", f"batch_size={size}"))
+    assert message == f"error: batch_size={size}: want auto or a number of at least 1\n"
 
 
 @pytest.mark.slow
