@@ -24,6 +24,8 @@ NUM_FRAMES = 8
 MERGED = {"token_kept_ratio": 0.4, "schedule": "exact"}
 OPPOSITE = {"leftward": "rightward", "rightward": "leftward", "upward": "downward", "downward": "upward"}
 MIRRORED = {"leftward": "rightward", "rightward": "leftward", "left": "right", "right": "left"}
+REVERSED = {"left": "right", "right": "left", "inward": "outward", "outward": "inward"}
+"""Camera moves of a clip that is played backwards."""
 ENOUGH = 0.75
 """Share of the clips that must be right before and after a change; the model is small and not always right."""
 
@@ -77,6 +79,23 @@ def test_demo_clips_are_described_rightly_in_four_of_five_categories() -> None:
             if parse(category, text) != facts:
                 wrong.setdefault(clip.file, []).append((category, text, facts))
     assert {file: found for file, found in wrong.items() if len(found) > 1} == {}
+
+
+def test_the_demo_clips_change_as_they_are_reversed_mirrored_and_recoloured(tmp_path: Path) -> None:
+    for clip in read_clips(MEDIA):
+        facts, frames = clip.facts, sample_frames(MEDIA / clip.file, NUM_FRAMES).frames
+        scene = sample_scene(clip.seed, "test")
+        colour = next(name for name in COLOURS if name not in (scene.colour, scene.tiny_colour))
+        painted = render_clip(replace(scene, colour=colour), num_frames=NUM_FRAMES, image_size=frames.shape[1])
+        clips = [frames[::-1], frames[:, :, ::-1], through_mp4(painted, tmp_path, clip.file)]
+        backward, mirrored, recoloured = stated(clips, Category.main_object, Category.camera)
+        assert backward["camera"] == REVERSED.get(facts["camera"], facts["camera"]), clip
+        assert mirrored["camera"] == MIRRORED.get(facts["camera"], facts["camera"]), clip
+        assert mirrored["start"] == MIRRORED.get(facts["start"], facts["start"]), clip
+        assert recoloured["colour"] == colour, clip
+        if facts["motion"] in OPPOSITE:
+            assert backward["motion"] == OPPOSITE[facts["motion"]], clip
+            assert mirrored["motion"] == MIRRORED.get(facts["motion"], facts["motion"]), clip
 
 
 def test_a_reversed_clip_moves_the_other_way(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from hydra import compose, initialize_config_module
 
 from aurora import cli
 from aurora.config import load_config
-from aurora.data.tinyworld.dataset import DatasetConfig, Layout, write_dataset
+from aurora.data.tinyworld.dataset import DatasetConfig, Layout, _write_vdc, write_dataset
 from aurora.data.tinyworld.language import STATED_SLOTS
-from aurora.evaluation import run, vdc_run
+from aurora.data.tinyworld.scene import sample_scene
+from aurora.evaluation import run, tinyvdc, vdc_run
 from aurora.evaluation.config import Benchmark, EvaluateConfig, VdcConfig
 from aurora.evaluation.judge import JudgeConfig, JudgeKind
 from aurora.evaluation.judge_stub import serve
@@ -94,6 +95,26 @@ def test_the_reference_captions_of_tinyworld_answer_every_question(published):
     turned = {name: rows[other] for name, other in zip(ids, [*ids[1:], ids[0]], strict=True)}
     judged = vdc_run._judge(judge, vdc.clips, turned, vdc_run.Wording(), 2, "")
     assert vdc_run.score_categories(judged)["mean"]["all"]["accuracy"] < 0.6
+
+
+def test_captions_of_one_clip_with_the_questions_of_another_score_chance(tmp_path):
+    """500 clips, whose files nobody opens: the questions and reference answers are all that a score knows of a clip."""
+    scenes = [sample_scene(seed, "test") for seed in range(500)]
+    _write_vdc(tmp_path, scenes)
+    (tmp_path / "clips").mkdir()
+    for scene in scenes:
+        (tmp_path / "clips" / f"test_{scene.seed:07d}.mp4").touch()
+    clips = read_vdc(VdcConfig(root=str(tmp_path))).clips
+    rows = {clip.video_id: {"captions": other.captions} for clip, other in zip(clips, [*clips[1:], clips[0]])}
+    judged = vdc_run._judge(vdc_run.RuleJudge(), clips, rows, vdc_run.Wording(), 1, "")
+    found = vdc_run.score_categories(judged, resamples=50)
+    other = tinyvdc.score(
+        [rows[clip.video_id]["captions"] for clip in clips], [scene.to_dict() for scene in scenes], resamples=50
+    )
+    for name, entry in found["categories"].items():
+        assert entry["all"]["num_videos"] == 500
+        assert entry["all"]["accuracy"] == pytest.approx(other.categories[name].accuracy)
+    assert found["mean"]["all"]["accuracy"] == pytest.approx(other.mean.chance, abs=0.03)
 
 
 def test_a_folder_is_read_as_published(published):
