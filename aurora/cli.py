@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import io
 import os
 import re
 import sys
@@ -107,6 +108,8 @@ def run(main: Callable[[], Any], argv: Sequence[str] | None = None) -> None:
         SystemExit: 2 for a user's error, 130 for Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name, or a character, that cannot be printed
     with one_line_errors():
         from aurora.config import registered_schema
 

@@ -49,7 +49,8 @@ class JsonLines:
             OSError: if the disk refuses it, with the file's name; what was stored before stays.
         """
         self.rows.append(dict(row))
-        line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+        # The bytes of a file's name need not be text: such a one becomes an escape that JSON reads back.
+        line = json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         try:
             while line:
                 line = line[self._file.write(line) :]

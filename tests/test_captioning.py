@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -417,6 +418,22 @@ def test_a_full_disk_names_the_file_and_keeps_what_was_stored(tmp_path):
         assert log.rows == [{"n": 1}]
         log.append({"n": 2})
     assert rows_of(output) == [{"n": 1}, {"n": 2}]
+
+
+def test_a_file_whose_name_is_no_text_spoils_no_other(tiny_model, media, tmp_path):
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    for name in (b"a.mp4", b"b\xff.mp4", b"c\nd.mp4"):
+        Path(os.fsdecode(bytes(clips) + b"/" + name)).symlink_to(media / "a, b=1.mp4")
+    command = [sys.executable, str(ROOT / "scripts" / "caption.py"), f"model_path={tiny_model}", "max_new_tokens=5"]
+    command += [f"visual_input={clips}", f"output={tmp_path / 'out.jsonl'}"]
+    strict = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=tmp_path, env=strict)
+    assert done.returncode == 0, done.stderr
+    with JsonLines(tmp_path / "out.jsonl") as log:
+        assert {row["file"] for row in log.rows} == {str(file) for file in clips.iterdir()}
+    again = subprocess.run(command, capture_output=True, text=True, errors="replace", cwd=tmp_path, env=strict)
+    assert "3 of 3 are in" in again.stderr
 
 
 def test_a_device_is_no_output(tmp_path):
