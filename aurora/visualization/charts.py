@@ -248,7 +248,7 @@ def bar_chart(
         if stacked:
             bottom = bottom + np.asarray(heights)
         if not stacked or index == len(bars) - 1:
-            numbers = [f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in (bottom if stacked else heights)]
+            numbers = [_short(value) for value in (bottom if stacked else heights)]
             axes.bar_label(drawn, numbers, padding=2, color=theme.ink, fontsize=9)
     axes.set_xticks(across, list(labels))
     axes.grid(visible=False, axis="x")
@@ -315,6 +315,10 @@ def _legend(axes: Axes, theme: Theme) -> None:
 
 def _colour(theme: Theme, index: int) -> str:
     return theme.series[index % len(theme.series)]
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value >= 1 else f"{value:.2g}"
 
 
 def _bin_name(number: int) -> str:

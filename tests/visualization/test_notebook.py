@@ -84,11 +84,11 @@ def test_lines_have_their_numbers_their_own_colour_and_marker() -> None:
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_bars_have_their_numbers(stacked: bool) -> None:
-    bars = {"low": [1.0, 20.0], "high": [2.5, 1234.0]}
+    bars = {"low": [0.0808, 20.0], "high": [2.5, 1234.0]}
     axes = bar_chart(["a", "b"], bars, title="t", stacked=stacked).axes[0]
     for (name, heights), container in zip(bars.items(), axes.containers, strict=True):
         assert container.get_label() == name
         assert [bar.get_height() for bar in container] == heights
     written = [text.get_text() for text in axes.texts]
-    assert written == (["3.5", "1254"] if stacked else ["1", "20", "2.5", "1234"])
-    assert [bar.get_y() for bar in axes.containers[1]] == ([1.0, 20.0] if stacked else [0, 0])
+    assert written == (["2.58", "1254"] if stacked else ["0.081", "20", "2.5", "1234"])
+    assert [bar.get_y() for bar in axes.containers[1]] == ([0.0808, 20.0] if stacked else [0, 0])
