@@ -214,7 +214,10 @@ def llama_cpp_rows(*, quick: bool, threads: int) -> list[Row]:
         context, tokens = (64, 4) if quick else (CONTEXT, 64)
         worker = Path(__file__).with_name("llama_cpp_worker.py")
         command = [str(python), str(worker), str(file), str(context), str(tokens), str(count)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        except subprocess.TimeoutExpired:
+            return [row | {"note": f"failed: no answer in 300 s with {count} threads"}]
         if done.returncode != 0:
             return [row | {"note": f"failed: {(done.stderr.strip() or 'no message').splitlines()[-1]}"}]
         said: Row = json.loads(done.stdout.splitlines()[-1])

@@ -235,14 +235,15 @@ class SharedKVCache(KVCache):
         # The query heads of one key head, and the positions, are the queries of one product.
         q = (q * head_dim**-0.5).unflatten(2, (-1, groups)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # (B, K, T * G, D)
         shared = self._per_row(self._per_prompt(q) @ self.prompt_keys[layer].transpose(-1, -2), q.shape[2])
-        scores = torch.cat([shared, q @ k.transpose(-1, -2)], dim=-1).float()  # (B, K, T * G, S)
+        scores = torch.cat([shared, q @ k.transpose(-1, -2)], dim=-1).float()  # (B, K, T * G, S), its own memory
         if mask is None and num_queries > 1:
             mask = causal_mask(num_queries, scores.shape[-1], device=q.device)[None]
         if key_bias is not None:
             scores += key_bias[:, None, None]
         if mask is not None:
-            hidden = ~mask.repeat_interleave(groups, dim=1)[:, None]  # (B or 1, 1, T * G, S)
-            scores = scores.masked_fill(hidden, torch.finfo(torch.float32).min)
+            if num_queries > 1:
+                mask = mask.repeat_interleave(groups, dim=1)
+            scores.masked_fill_(~mask[:, None], torch.finfo(torch.float32).min)  # (B or 1, 1, T * G or 1, S)
         weights = scores.softmax(dim=-1).to(v.dtype)
         out = weights[..., self._shared :] @ v
         out += self._per_row(self._per_prompt(weights[..., : self._shared]) @ self.prompt_values[layer], q.shape[2])
