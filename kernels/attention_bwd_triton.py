@@ -15,13 +15,12 @@ from aurora.kernels.attention_triton import (
     hide_unseen,
     kernel_flags,
     load_tile,
-    on_device,
     optional_inputs,
     row_products,
     store_tile,
     tile_sizes,
 )
-from aurora.kernels.common import with_dense_rows
+from aurora.kernels.common import on_device, with_dense_rows
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
@@ -265,7 +264,7 @@ def launch_attention_backward(
         return dq, dk.zero_(), dv.zero_()
     sizes = (num_queries, num_keys, num_heads, width**-0.5)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *optional_strides, *dout.stride()[:3])
-    with on_device(q.device):
+    with on_device(q):
         attention_bwd_q_kernel[(triton.cdiv(num_queries, tile["BLOCK_M"]) * rows * num_heads,)](
             q, k, v, key_bias, mask, out, log_sum, dout, delta, dq, *sizes, *strides, **flags, **tile
         )

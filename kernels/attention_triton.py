@@ -11,7 +11,6 @@ a HEAD and a TAIL (`split_width`); the tensors of the second part carry a `1` in
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import torch
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aurora.kernels.common import INTERPRETED, next_power_of_2, with_dense_rows
+from aurora.kernels.common import INTERPRETED, next_power_of_2, on_device, with_dense_rows
 
 LOG2_E = math.log2(math.e)
 
@@ -195,7 +194,7 @@ def launch_attention(
     mask, key_bias, strides = optional_inputs(q, mask, key_bias)
     if out.numel() == 0:
         return out, log_sum
-    with on_device(q.device):
+    with on_device(q):
         attention_fwd_kernel[(triton.cdiv(num_queries, tile["BLOCK_M"]) * rows * num_heads,)](
             q,
             k,
@@ -259,8 +258,3 @@ def optional_inputs(
         0 if mask is None else mask.stride(1),
     )
     return q if mask is None else mask, q if key_bias is None else key_bias, strides
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make a device the current one: Triton launches there, wherever the tensors are."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -29,6 +29,7 @@ __all__ = [
     "report",
     "reset_report",
     "set_default",
+    "setting",
     "use",
 ]
 
@@ -83,6 +84,15 @@ def set_default(backend: str) -> None:
     """
     global _default
     _default = _checked(backend, "runtime.kernels")
+
+
+def setting() -> str:
+    """Return what operations without a `backend=` of their own run now: auto, torch or triton.
+
+    Raises:
+        ValueError: if AURORA_KERNELS is none of them.
+    """
+    return _wanted(None, _in_use, _default)[0]
 
 
 def choose(op: str, *, device: torch.device, reason_against: str | None, backend: str | None = None) -> str:

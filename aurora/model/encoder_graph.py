@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aurora.kernels import dispatch as kernels
 from aurora.model.merge import MergePlan, SizeBias
 from aurora.model.vision import VisionOutput, VisionTower
 
@@ -36,6 +37,9 @@ class GraphKey(NamedTuple):
     feature_layer: int
     size_bias: SizeBias
     backend: str
+    kernels: str
+    """Of merging, as `aurora.kernels` has it set: auto, torch or triton."""
+    autocast: torch.dtype | None
     weights: tuple[int, ...]
     """Addresses of the parameters: moved or replaced weights need a new graph, changed values do not."""
 
@@ -110,6 +114,8 @@ class EncoderGraphs:
             feature_layer,
             size_bias,
             self.tower.backend,
+            kernels.setting(),
+            torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None,
             tuple(parameter.data_ptr() for parameter in self.tower.parameters()),
         )
 
@@ -120,7 +126,12 @@ class EncoderGraphs:
         device = pixel_values.device
         if device.type != "cuda":
             raise ValueError(f"EncoderGraphs: got frames on {device}, want a CUDA device; call the tower itself")
-        frames = pixel_values.clone()
+        frames = frames_buffer(pixel_values)
+        with torch.cuda.device(device):  # which a capture takes place on
+            return self._capture(frames, plan=plan, feature_layer=feature_layer, size_bias=size_bias)
+
+    def _capture(self, frames: Tensor, *, plan: MergePlan | None, feature_layer: int, size_bias: SizeBias) -> Replay:
+        device = frames.device
         side_stream = torch.cuda.Stream(device)
         side_stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side_stream):
@@ -128,7 +139,7 @@ class EncoderGraphs:
                 self.tower(frames, plan=plan, feature_layer=feature_layer, size_bias=size_bias)
         torch.cuda.current_stream(device).wait_stream(side_stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # beside threads that load and decode
             out = self.tower(frames, plan=plan, feature_layer=feature_layer, size_bias=size_bias)
 
         def replay(pixels: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,3 +148,9 @@ class EncoderGraphs:
             return out.hidden.clone(), out.size.clone()
 
         return replay
+
+
+def frames_buffer(pixel_values: Tensor) -> Tensor:
+    """Copy frames into memory that later calls may overwrite, also those outside of an inference mode of the first."""
+    with torch.inference_mode(False), torch.no_grad():
+        return pixel_values.clone()

@@ -11,7 +11,7 @@ import pytest
 
 from aurora.kernels.common import HAS_TRITON
 
-SHARED_MEMORY_BYTES = {80: 164 * 1024, 90: 228 * 1024}  # of a multiprocessor of A100, H100
+SHARED_MEMORY_BYTES = {80: 163 * 1024, 90: 227 * 1024}  # that one program may have on A100, H100
 
 
 @pytest.mark.slow

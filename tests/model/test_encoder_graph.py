@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from aurora.model.encoder_graph import EncoderGraphs
+from aurora import kernels
+from aurora.model.encoder_graph import EncoderGraphs, frames_buffer
 from aurora.model.merge import MergeConfig, MergePlan, SizeBias, plan_merge
 from aurora.model.vision import VisionConfig, VisionTower
 
@@ -80,6 +81,25 @@ def test_whatever_changes_the_launches_is_recorded_anew():
     tower.backend = "eager"
     graphs(frames(), plan=plan_of(0.4))
     assert graphs.recorded == len(calls) + 1
+    with kernels.use("torch"):
+        graphs(frames(), plan=plan_of(0.4))
+    assert graphs.recorded == len(calls) + 2
+    torch.set_autocast_enabled("cuda", True)
+    try:
+        graphs(frames(), plan=plan_of(0.4))
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+    assert graphs.recorded == len(calls) + 3
+
+
+def test_frames_of_an_inference_mode_can_be_overwritten_outside_of_it():
+    with torch.inference_mode():
+        pixels = frames()
+        buffer = frames_buffer(pixels)
+    assert torch.equal(buffer, pixels)
+    buffer.copy_(frames(seed=2))
+    assert torch.equal(buffer, frames(seed=2))
+    assert not torch.equal(pixels, buffer)
 
 
 def test_moved_weights_are_recorded_anew_and_changed_values_are_not():
@@ -135,3 +155,17 @@ def test_replays_equal_the_tower(dtype: torch.dtype, compiled: bool) -> None:
             first = (got.hidden, got.hidden.clone()) if first is None else first
     assert len(graphs) == 3
     assert torch.equal(*first)  # later replays left it alone
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_of_an_inference_mode_replays_outside_of_it() -> None:
+    tower, plan = make("cuda"), plan_of(0.4)
+    graphs = EncoderGraphs(tower)
+    with torch.inference_mode():
+        graphs(frames().cuda(), plan=plan)
+    got = graphs(frames(seed=2).cuda(), plan=plan)
+    assert len(graphs) == 1
+    with torch.no_grad():
+        assert torch.equal(got.hidden, tower(frames(seed=2).cuda(), plan=plan).hidden)
+    assert not got.hidden.is_inference()
