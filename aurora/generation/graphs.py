@@ -31,6 +31,7 @@ MOST_STEPS_KEPT = 4
 LOOK_AHEAD = 256
 """Tokens for which a bucket must have room when an answer begins in it: changing buckets means recording again."""
 _MOST_COMPILED = 4096
+_WITHOUT_MASK = ("flash_attention_2", "sdpa_flash")
 
 
 class Stepper(Protocol):
@@ -55,13 +56,19 @@ def make_stepper(model: AuroraModel, state: PromptState, num_steps: int) -> Step
         num_steps: Steps at most.
 
     Returns:
-        The stepper. Rows of very different lengths, whose caches are apart, are decoded directly on CUDA, too.
+        The stepper. On CUDA, too, some decode directly: rows of very different lengths, whose caches are apart, and
+        attention that takes no mask (flash_attention_2, sdpa_flash), which is how a static step knows its length.
     """
-    recordable = type(state.cache) in (KVCache, SharedKVCache)
-    direct = model.language_model.decoding is Decoding.direct
-    if state.logits.device.type == "cuda" and recordable and not direct:
+    if state.logits.device.type == "cuda" and is_recordable(model.language_model, state.cache):
         return GraphDecoder(model, state, num_steps)
     return Decoder(model, state, num_steps)
+
+
+def is_recordable(language_model: Llama, cache: KVCache) -> bool:
+    """Whether a step behind a cache can be one of fixed shape, if there were a device that records it."""
+    if language_model.decoding is Decoding.direct or language_model.backend in _WITHOUT_MASK:
+        return False
+    return type(cache) in (KVCache, SharedKVCache)
 
 
 def bucket_of(num_tokens: int) -> int:

@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 class _Ragged(NamedTuple):
     version: int
-    """Counter of in-place changes of the mask when it was read."""
+    """Counter of in-place changes of the mask when it was read; always 0 in inference mode, which counts none."""
     queries: Tensor
     """Queries that exist, as indices into B * T, int64."""
     keys: Tensor
@@ -75,7 +75,7 @@ def flash_attention(
 
 def _ragged(mask: Tensor) -> _Ragged:
     found: _Ragged | None = _ragged_masks.get(mask)
-    if found is None or found.version != mask._version:
+    if found is None or found.version != _version(mask):
         found = _read_mask(mask)
         _ragged_masks[mask] = found
     return found
@@ -95,7 +95,7 @@ def _read_mask(mask: Tensor) -> _Ragged:
         )
     query_counts, key_counts = queries_exist.sum(1), exists.sum(1)
     return _Ragged(
-        version=mask._version,
+        version=_version(mask),
         queries=queries_exist.flatten().nonzero()[:, 0],
         keys=exists.flatten().nonzero()[:, 0],
         query_ends=_ends(query_counts),
@@ -103,6 +103,10 @@ def _read_mask(mask: Tensor) -> _Ragged:
         max_queries=int(query_counts.max()),
         max_keys=int(key_counts.max()),
     )
+
+
+def _version(mask: Tensor) -> int:
+    return 0 if mask.is_inference() else mask._version
 
 
 def _ends(counts: Tensor) -> Tensor:
