@@ -100,7 +100,14 @@ class StaticKVCache(KVCache):
                 start = prompt.shape[3]
                 mine[:, :, :, :start] = prompt.index_select(1, cache.row_of)
             mine[:, :, :, start : cache.length] = theirs[:, :, :, : cache.length - start]
-        self.slot.fill_(cache.length)
+        self.fill(cache.length)
+
+    def fill(self, num_tokens: int) -> None:
+        """Let the first slots be those that hold tokens, and clear the others."""
+        # An answer that failed may have left NaN there, which no mask hides: 0 * NaN is NaN.
+        self.keys[:, :, :, num_tokens:] = 0
+        self.values[:, :, :, num_tokens:] = 0
+        self.slot.fill_(num_tokens)
 
     def attend(
         self,
@@ -253,7 +260,7 @@ class GraphDecoder:
         self._take(len(rows), biased=bias is not None)
         for tensor, values in zip((self._static.cache.keys, self._static.cache.values), held, strict=True):
             tensor[:, :, :, : self._length] = values
-        self._static.cache.slot.fill_(self._length)
+        self._static.cache.fill(self._length)
         self._fill(position, bias)
 
     def _fill(self, position: Tensor, bias: Tensor | None) -> None:

@@ -96,6 +96,18 @@ def test_a_step_is_used_again_but_never_by_two_at_once(model: AuroraModel) -> No
     _expect_equal(_decode(third, 4), want)
 
 
+def test_what_a_failed_answer_left_behind_does_not_matter(model: AuroraModel) -> None:
+    want = _decode(Decoder(model, _read(model), 12), 12)
+    for slots in (24, 32):  # where an answer begins, and where it moves to
+        step = StaticStep(model.language_model, batch_size=3, num_slots=slots, biased=False)
+        step.cache.keys.fill_(torch.nan)
+        step.cache.values.fill_(torch.nan)
+        model.language_model.products.steps[3, slots, False, Decoding.recorded] = step
+    decoder = GraphDecoder(model, _read(model), 12)
+    _expect_equal(_decode(decoder, 12), want)
+    assert decoder._static is step
+
+
 def test_steps_go_when_weights_change(model: AuroraModel) -> None:
     decoder = GraphDecoder(model, _read(model), 4)
     _decode(decoder, 2)
