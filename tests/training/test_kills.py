@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -19,15 +19,16 @@ from aurora.training.lora import LoraConfig
 from aurora.training.state import checkpoint_steps, latest_checkpoint, load_weights, read_state
 from tests.training.captioners import STAGES, Precision, recipe_of, run_alone
 
-STEPS = 6
+STEPS, EVERY = 6, 2
 CHANGES: dict[str, dict[str, object]] = {
     # What each stage also keeps across the kill: a loss scale, averaged weights, the generator behind dropout.
     "pretrain": {"precision": Precision.fp16, "batch_size": 8},
     "vision": {"ema_decay": 0.8},
     "language": {"lora": LoraConfig(rank=2, dropout=0.3)},
 }
-POINTS = ("train_step", "save_file", "sync", "replace")
-"""Functions of a run, a kill before whose n-th call cuts it in the middle of a step, or of a save."""
+Kill = tuple[str, int]
+"""A function of a run and a number: the kill before its n-th call cuts a run between steps, or in the middle of a save.
+"""
 
 
 def die_before(point: str, count: int) -> None:
@@ -77,25 +78,48 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Pat
 
 
 def config_of(folder: Path, name: str, run: str) -> TrainConfig:
-    return recipe_of(folder, name, run, num_steps=STEPS, **CHANGES[name])
+    return recipe_of(folder, name, run, num_steps=STEPS, checkpoint_every=EVERY, **CHANGES[name])
 
 
 def everything(config: TrainConfig, name: str) -> dict[str, Tensor]:
     path = latest_checkpoint(Path(config.run_dir) / name)
     assert read_state(path)["step"] == STEPS
     files = [file for file in path.iterdir() if file.suffix == ".safetensors"]
-    assert len(files) == 2 + ("ema_decay" in CHANGES[name])
+    assert len(files) == files_of(name)
     tensors = {f"{file.stem}/{key}": value for file in files for key, value in state.load_file(file).items()}
     scaler = read_state(path)["scaler"]
     return {**tensors, "scaler": torch.tensor([scaler["scale"], scaler["good_steps"], scaler["skipped_steps"]])}
 
 
+def files_of(name: str) -> int:
+    """Files of tensors in a checkpoint: weights, moments and, where they are kept, averaged weights."""
+    return 2 + ("ema_decay" in CHANGES[name])
+
+
+def random_kill(draw: random.Random, name: str, steps_done: int) -> Kill:
+    """Draw a kill that a run which goes on from `steps_done` reaches, each kind as likely as any other."""
+    saves, files = (STEPS - steps_done) // EVERY, files_of(name)
+    # A save syncs its files, state.json, its folder and, after the rename, the folder of the stage.
+    most = {
+        "train_step": STEPS - steps_done,
+        "save_file": files * saves,
+        "sync": (files + 3) * saves,
+        "replace": saves,
+    }
+    point = draw.choice(list(most))
+    return point, draw.randint(1, most[point])
+
+
 def killed_and_resumed(
-    server: ForkServerContext, folder: Path, name: str, kills: list[tuple[str, int]], run: str
+    server: ForkServerContext, folder: Path, name: str, kills: Iterable[Callable[[int], Kill]], run: str
 ) -> dict[str, Tensor]:
+    """Kill a run, each time where a function of its finished steps says, and let it finish; return what it holds."""
     config = config_of(folder, name, run)
-    for point, count in kills:
+    for choose in kills:
         steps = checkpoint_steps(Path(config.run_dir) / name)
+        if steps[-1:] == [STEPS]:
+            break  # the kill before came behind the last rename
+        point, count = choose(steps[-1] if steps else 0)
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(Path(__file__).parents[2])
             process = server.Process(target=run_and_die, args=(config, point, count))
@@ -121,10 +145,11 @@ def test_killed_stages_end_in_the_same_bits(
     server: ForkServerContext,
     whole: Callable[[str], tuple[Path, dict[str, Tensor]]],
     name: str,
-    kills: list[tuple[str, int]],
+    kills: list[Kill],
 ) -> None:
     folder, wanted = whole(name)
-    assert_same(killed_and_resumed(server, folder, name, kills, f"{name}_{len(kills)}"), wanted)
+    found = killed_and_resumed(server, folder, name, [lambda _, k=k: k for k in kills], f"{name}_{len(kills)}")  # type: ignore[misc]
+    assert_same(found, wanted)
 
 
 @pytest.mark.slow
@@ -135,12 +160,8 @@ def test_random_kills(
 ) -> None:
     folder, wanted = whole(name)
     draw = random.Random(f"{name} {seed}")
-    kills = []
-    for _ in range(3):
-        point = draw.choice(POINTS)
-        # No point is further away than the first checkpoint, so that each run reaches it.
-        kills.append((point, draw.randint(1, {"train_step": 2, "save_file": 2, "sync": 4, "replace": 1}[point])))
-    assert_same(killed_and_resumed(server, folder, name, kills[:1] + kills[1:2], f"{name}_random{seed}"), wanted)
+    kills = [lambda steps_done: random_kill(draw, name, steps_done)] * 2
+    assert_same(killed_and_resumed(server, folder, name, kills, f"{name}_random{seed}"), wanted)
 
 
 def test_dropout_and_order_depend_on_the_seed(whole: Callable[[str], tuple[Path, dict[str, Tensor]]]) -> None:
