@@ -355,8 +355,13 @@ def format_plan(plan: Plan) -> str:
         f"{shared}, {work.precision.value}, activations {kept}",
         f"a pass of one rank: {work.num_rows} x {work.row_tokens} positions at most, {frames} frames, {delivered} of "
         f"{patches} visual tokens ({_merging(work.merge)})",
-        "",
     ]
+    if len(work.clips) and (longest := delivered // len(work.clips)) >= work.row_tokens:
+        lines.append(
+            f"note: a clip of {work.clips[0][0]} frames, {longest} visual tokens, has no room in {work.row_tokens} "
+            "positions and is a mistake in the data; images and shorter clips are none"
+        )
+    lines.append("")
     counts = [
         (name, f"{total / 1e6:,.2f} M", f"{learned / 1e6:,.2f} M") for name, (total, learned) in plan.parameters.items()
     ]

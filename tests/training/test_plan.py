@@ -187,6 +187,16 @@ def test_the_table_says_what_was_planned() -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+def test_a_clip_without_room_is_noted() -> None:
+    config = TrainConfig(model=SEVEN)
+    whole, merged = (
+        format_plan(memory_plan(config, replace(STAGE, merge=MergeConfig(token_kept_ratio=ratio))))
+        for ratio in (1.0, 0.1)
+    )
+    assert "note: a clip of 8 frames, 5832 visual tokens, has no room in 4096 positions" in whole
+    assert "note:" not in merged
+
+
 def test_mistakes_are_named() -> None:
     config = TrainConfig(model=SEVEN)
     with pytest.raises(ValueError, match=r"'projectr\.' matches no parameter"):
