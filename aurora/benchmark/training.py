@@ -55,7 +55,7 @@ def run(config: BenchmarkConfig) -> Iterator[Row]:
         config: quick takes a tiny model and few steps; dtype is float32 or bfloat16 (products under autocast).
 
     Yields:
-        A row per side; `wanted` is what we want of it.
+        A row per side; `wanted` is what we want of it, `met` whether it is so.
 
     Raises:
         ValueError: for another dtype.
@@ -103,7 +103,9 @@ def measure_ratios(
         row |= {"op": "training step, the tower dominates", "precision": precision.value}
         row |= {"visual_tokens": _visual_tokens(name, row["side"]), "peak_mib": own and own / 2**20}
         row["peak_share"] = own / whole if own and whole else None
-        row["wanted"] = None if row["side"] == UNMERGED else "ratio > 1, peak_share < 1"
+        if row["side"] != UNMERGED:
+            row["wanted"] = "ratio > 1, peak_share < 1"
+            row["met"] = row["ratio"] > 1 and (row["peak_share"] is None or row["peak_share"] < 1)
     return rows
 
 
@@ -234,7 +236,9 @@ def _learning_row(
         "losses": [round(loss, 4) for loss in losses[side]],
     }
     row["standard_errors"] = standard_errors(losses[side], losses[peer]) if side != peer else None
-    row["wanted"] = "ratio >= 1.3, |standard_errors| < 2" if side == MERGED and peer == PEER else None
+    if side == MERGED and peer == PEER:
+        row["wanted"] = "ratio >= 1.3, |standard_errors| < 2"
+        row["met"] = row["ratio"] >= 1.3 and abs(row["standard_errors"]) < 2
     return row
 
 

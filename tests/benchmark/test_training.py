@@ -73,6 +73,9 @@ def test_rows_of_kept_ratios() -> None:
     assert rows[UNMERGED]["visual_tokens"] == 36
     assert rows["0.1 constant"]["visual_tokens"] == rows["0.1 linear"]["visual_tokens"] == 12
     assert all(row["p50_ms"] > 0 for row in rows.values())
+    assert "met" not in rows[UNMERGED]
+    merged = [row for side, row in rows.items() if side != UNMERGED]
+    assert [row["met"] for row in merged] == [row["ratio"] > 1 for row in merged]
 
 
 @needs_transformers
@@ -86,6 +89,9 @@ def test_rows_of_learning() -> None:
     assert rows[MERGED]["losses"] != rows[PEER]["losses"]
     assert rows[MERGED]["ratio"] == pytest.approx(rows[MERGED]["text_tokens_s"] / rows[PEER]["text_tokens_s"])
     assert rows[MERGED]["wanted"].startswith("ratio >= 1.3")
+    faster, as_good = rows[MERGED]["ratio"] >= 1.3, abs(rows[MERGED]["standard_errors"]) < 2
+    assert rows[MERGED]["met"] is (faster and as_good)
+    assert [side for side, row in rows.items() if "met" in row] == [MERGED]
 
 
 def test_standard_errors() -> None:
