@@ -74,9 +74,13 @@ def _run_step(
         return _tests(["-m", "gpu", "tests"], report)
     program = [sys.executable, "-m", "aurora.cli", "benchmark", f"device={device}"]
     if step is Step.sanitizer:
-        sanitizer = shutil.which("compute-sanitizer")
+        sanitizer = _sanitizer()
         if not on_gpu or sanitizer is None:
-            return "skipped", "no CUDA device" if not on_gpu else "compute-sanitizer is not in PATH", {}
+            return (
+                "skipped",
+                "no CUDA device" if not on_gpu else "compute-sanitizer is in neither PATH nor CUDA_HOME",
+                {},
+            )
         check = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9"]
         output = f"output={folder / 'sanitizer.json'}"
         # One allocation for each tensor, so that an access beyond it is seen.
@@ -94,6 +98,12 @@ def _run_step(
         return "failed", f"exit code {code}", {}
     content = json.loads(output_file.read_text(encoding="utf-8"))
     return "passed", f"{len(content['rows'])} rows", content
+
+
+def _sanitizer() -> str | None:
+    """Find the program, which images with CUDA hold but often not in PATH."""
+    toolkit = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(toolkit))
 
 
 def _tests(selection: list[str], report: Path) -> tuple[str, str, dict[str, Any]]:

@@ -15,12 +15,14 @@ PYTHON = ROOT / ".venv-triton36" / "bin" / "python"
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 @pytest.mark.skipif(not PYTHON.exists(), reason="make .venv-triton36 builds the environment")
-def test_the_merge_kernels_pass_on_triton_36() -> None:
+def test_the_kernels_pass_on_triton_36() -> None:
     version = "import triton, numpy; print(triton.__version__, numpy.__version__)"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
     done = subprocess.run([PYTHON, "-c", version], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("3.6."), done.stdout
-    files = [ROOT / "tests" / "kernels" / name for name in ("test_merge.py", "test_merge_triton.py")]
+    files = [
+        ROOT / "tests" / "kernels" / name for name in ("test_merge.py", "test_merge_triton.py", "test_attention.py")
+    ]
     done = subprocess.run(
         [PYTHON, "-m", "pytest", "-q", "-m", "not gpu", "-p", "no:cacheprovider", *files],
         cwd=ROOT,
