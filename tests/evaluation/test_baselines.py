@@ -11,6 +11,7 @@ from aurora.evaluation.baselines.attention_pruning import attention_weights
 from aurora.evaluation.baselines.average_pooling import window_of_patch
 from aurora.evaluation.baselines.frames import run_tower
 from aurora.evaluation.variants import MEANINGS, MERGING, encode_variant
+from aurora.model.merge import SizeBias, TextPositions, TextSizeBias
 from aurora.modeling import AuroraForConditionalGeneration
 from aurora.processing.processor import AuroraProcessor
 
@@ -171,6 +172,23 @@ def test_variants_at_equal_ratios_have_equal_counts_but_for_the_published_rule(m
     assert set(MEANINGS) == set(MERGING) | set(REDUCING)
     with pytest.raises(ValueError, match="variant 'exakt': want one of exact, constant"):
         encode_variant(model, "exakt", 0.25, clips, [0, 1])
+
+
+def test_variants_of_merging_are_what_their_meaning_says(model, clips):
+    """The settings that reach the model, and the merges in each of its layers."""
+    found = {name: encode_variant(model, name, 0.3, clips, [0, 1]).features for name in MERGING}
+    merges = {name: features.merges[0] for name, features in found.items()}
+    r = {name: features.plans[0][0].r for name, features in found.items()}
+    assert {name for name, merge in merges.items() if merge.size_bias is SizeBias.keys} == {"size_bias"}
+    assert {name for name, merge in merges.items() if merge.text_size_bias is TextSizeBias.visual} == {"text_size_bias"}
+    assert {name for name, merge in merges.items() if merge.text_positions is TextPositions.original} == {
+        "original_positions"
+    }
+    assert len(set(r["constant"])) == 1
+    assert list(r["linear"]) == sorted(r["linear"], reverse=True)
+    assert r["linear"][0] > r["constant"][0]
+    assert sum(r["linear"]) == sum(r["constant"])
+    assert {r[name] for name in MERGING if name not in ("constant", "linear")} == {r["exact"]}
 
 
 def test_raster_order_sorts_tokens_and_counts_positions_one_by_one(model, clips):

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra import compose, initialize_config_module
 
 from aurora.captioning import BUNDLED_MODEL
+from aurora.config import load_config
 from aurora.data.tinyworld.dataset import DatasetConfig, write_dataset
 from aurora.data.tinyworld.language import Category, caption_prompts
 from aurora.data.tinyworld.scene import sample_scene
@@ -226,6 +228,28 @@ def test_the_claim_is_checked_at_every_ratio_from_its_own_up(curve, verdict):
         assert claim.endswith("the lowest ratio whose interval lies above 95 % is 0.3, 30 tokens.")
 
 
+def test_the_claim_is_undecided_where_the_mean_is_above_and_the_interval_is_not():
+    right = [[1.0] * 5] * 36 + [[0.6] * 5] * 4  # 0.96 on average, with a standard error of 0.02
+    rows = [cell_row("exact", 1.0, 0, [[1.0] * 5] * 40), cell_row("exact", 0.3, 0, right, tokens=30.0)]
+    record = to_record(rows, model="toy", settings={})
+    found = record["points"][1]["of_unmerged"]
+    assert found["low"] < 0.95 < found["value"]
+    assert "is undecided for toy" in record["claim"]
+
+
+def test_a_baseline_within_the_noise_is_level():
+    merged = np.random.default_rng(0).uniform(0.5, 1, (40, 5))
+    swings = np.where(np.arange(40) % 2, 0.1, -0.12)[:, None]  # one point below on average, within its standard error
+    others = {"uniform_drop": merged + swings, "random_drop": merged + 0.1}
+    rows = [cell_row("exact", ratio, 0, merged.tolist(), tokens=30.0) for ratio in (1.0, 0.3)]
+    rows += [cell_row(name, 0.3, 0, scores.tolist(), tokens=30.0) for name, scores in others.items()]
+    record = to_record(rows, model="toy", settings={})
+    (sentence,) = record["comparison"]
+    assert "is level with uniform drop" in sentence
+    assert "is behind random drop (-10.0)" in sentence
+    assert "ahead" not in sentence
+
+
 def test_a_model_that_knows_nothing_gets_a_report_all_the_same():
     rows = [cell_row("exact", ratio, seed, [[0.0] * 5] * 3) for ratio in (1.0, 0.3) for seed in (0, 1)]
     record = to_record(rows, model="toy", settings={})
@@ -276,12 +300,12 @@ def test_a_killed_sweep_goes_on(random_checkpoint, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    importlib.util.find_spec("hydra_plugins.hydra_joblib_launcher") is None, reason="needs hydra-joblib-launcher"
-)
-def test_multirun_with_joblib_shares_out_the_parts(random_checkpoint, tmp_path):
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_multirun_with_a_launcher_shares_out_the_parts(random_checkpoint, tmp_path, launcher):
+    if importlib.util.find_spec(f"hydra_plugins.hydra_{launcher.removesuffix('_local')}_launcher") is None:
+        pytest.skip("needs hydra-joblib-launcher and hydra-submitit-launcher")
     arguments = [
-        sys.executable, "scripts/sweep.py", "-m", "part=0,1", "num_parts=2", "hydra/launcher=joblib",
+        sys.executable, "scripts/sweep.py", "-m", "part=0,1", "num_parts=2", f"hydra/launcher={launcher}",
         f"model_path={random_checkpoint}", "ratios=[1.0,0.25]", "variants=[uniform_drop]", "variant_ratios=[0.25]",
         "num_seeds=1", "num_clips=2", "clip_px=48", "max_new_tokens=6", "threads=1", "figures=false",
         f"output={tmp_path}/out",
@@ -292,3 +316,13 @@ def test_multirun_with_joblib_shares_out_the_parts(random_checkpoint, tmp_path):
     assert len(json.loads((tmp_path / "out/report.json").read_text())["points"]) == 3
     assert {file.name for file in (tmp_path / "out").glob("cells*")} == {"cells-0-of-2.jsonl", "cells-1-of-2.jsonl"}
     assert set(ROOT.iterdir()) == before
+
+
+def test_a_cluster_composes_the_parts():
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    with initialize_config_module("aurora.configs", version_base="1.3"):
+        raw = compose("sweep", ["hydra/launcher=submitit_slurm", "num_parts=4", "part=3"], return_hydra_config=True)
+    assert "submitit" in raw.hydra.launcher._target_
+    del raw.hydra
+    config = load_config(raw, SweepConfig)
+    assert len(config.cells[config.part :: config.num_parts]) == 54
