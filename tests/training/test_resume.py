@@ -18,7 +18,7 @@ from aurora.training import state
 from aurora.training.config import StageConfig, TrainConfig
 from aurora.training.distributed import World
 from aurora.training.loop import WholeBatch, is_finished, run_stage
-from aurora.training.optim import OptimConfig, build_optimizer, lr_factor
+from aurora.training.optim import OptimConfig, build_optimizer, lr_factor, set_learning_rate
 from aurora.training.state import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from aurora.training.tiny import build_task
 
@@ -198,6 +198,17 @@ def test_optimizer_options_are_checked() -> None:
         (0.5, True),
         (0.5, False),
     }
+
+
+def test_each_group_gets_its_share_of_the_rate() -> None:
+    config = OptimConfig(lr=0.5, lr_scales={"2.": 0.5, "2.bias": 0.25}, warmup_steps=10)
+    module = Regression().module
+    optimizer = build_optimizer(module, config)
+    assert set_learning_rate(optimizer, 4, 100, config) == pytest.approx(0.25)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {name: rates[id(parameter)] for name, parameter in module.named_parameters()}
+    wanted = {"0.weight": 0.25, "0.bias": 0.25, "2.weight": 0.125, "2.bias": 0.0625}  # the longest prefix counts
+    assert found == pytest.approx(wanted)
 
 
 def test_a_folder_that_was_copied_resumes(tmp_path: Path) -> None:
