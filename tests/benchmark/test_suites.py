@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from aurora.benchmark.config import BenchmarkConfig, Op, Suite
 from aurora.benchmark.encoder import PEER, TOME, UNMERGED, gflop_per_frame
+from aurora.benchmark.generation import is_met
 from aurora.cli import main
 from aurora.kernels.common import HAS_TRITON, INTERPRETED
 from aurora.model.merge import MergeConfig, Schedule, plan_merge
@@ -40,6 +42,41 @@ def test_the_encoder_suite(tmp_path, capsys):
     if PEER in rows:
         assert rows[PEER]["vs_clip"] == 1.0
         assert rows[PEER]["gflop_per_frame"] > rows[UNMERGED]["gflop_per_frame"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("transformers") is None, reason="needs transformers")
+def test_the_generation_suite(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no .venv-llama
+    rows = run(tmp_path, capsys, "suite=generation")["rows"]
+    sides: dict[str, dict] = {}
+    for row in rows:
+        sides.setdefault(row["op"].split(",")[0], {})[row["side"]] = row
+    decode, captions = sides["decode"], sides["caption"]
+    kinds = ("float32", "bfloat16")
+    assert decode.keys() == {f"{who} {kind}" for who in ("transformers", "ours") for kind in kinds} | {
+        "ours int8",
+        "llama.cpp",
+    }
+    assert decode["ours float32"]["same_ids"] == 1
+    best = min(decode[f"transformers {kind}"]["p50_ms"] for kind in kinds)
+    assert decode["ours int8"]["ratio"] == pytest.approx(best / decode["ours int8"]["p50_ms"])
+    assert decode["llama.cpp"]["note"] == "not installed: make .venv-llama"
+    assert captions.keys() == {"transformers LLaVA", "ours 0.2 constant", "ours 0.2 linear"}
+    assert captions["ours 0.2 linear"]["flop_bound"] > captions["ours 0.2 constant"]["flop_bound"] > 1
+    assert sides["5 questions"].keys() == {"one question", "5 calls", "one call"}
+    assert sides["3 mixed clips"].keys() == {"single calls", "one batch"}
+    wanted = [row for row in rows if "wanted" in row]
+    assert len(wanted) == 7
+    assert all(row["met"] in (True, False) for row in wanted)
+
+
+def test_what_is_wanted_is_compared_with_what_was_measured():
+    wanted = {"wanted": "share >= 0.7, cost <= 2"}
+    assert is_met(wanted | {"share": 0.7, "cost": 2}) is True
+    assert is_met(wanted | {"share": 0.6, "cost": 1}) is False
+    assert is_met(wanted | {"share": 0.8, "cost": 2.1}) is False
+    assert is_met(wanted | {"share": 0.8, "cost": None}) is None
+    assert is_met(wanted | {"share": None, "cost": 3.0}) is False
 
 
 @pytest.fixture
