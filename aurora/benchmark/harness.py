@@ -34,6 +34,9 @@ _resource = importlib.import_module("resource") if importlib.util.find_spec("res
 _FLUSH_BYTES = 256 * 2**20
 """More than the L2 cache of any GPU we know (H200: 50 MiB)."""
 
+_TUNING = r"MALLOC_|(OMP_NUM_THREADS|AURORA_KERNELS|TRITON_INTERPRET)$"
+"""Environment variables that change a measurement; `MALLOC_TRIM_THRESHOLD_` has glibc keep memory that is freed."""
+
 
 class WrongResultError(RuntimeError):
     """A side computes something else than the baseline, so its speed means nothing."""
@@ -177,8 +180,8 @@ def header(*, command: Sequence[str] | None = None) -> Row:
         command: Words of the command line; None takes this process's own.
 
     Returns:
-        device, cpu, cores, load, versions, commit, dirty, command, time; on CUDA the driver and its clocks. `claim`
-        says whether speeds may be quoted, `busy` on a CPU whether other work disturbed the run.
+        device, cpu, cores, load, versions, commit, dirty, command, environment, time; on CUDA the driver and its
+        clocks. `claim` says whether speeds may be quoted, `busy` on a CPU whether other work disturbed the run.
     """
     report: Row = dict(environment_report())
     commit = str(report["commit"])
@@ -187,6 +190,9 @@ def header(*, command: Sequence[str] | None = None) -> Row:
     report["load_1min"] = round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
     words = command if command is not None else ["python", *sys.argv]
     report["command"] = shlex.join(word for word in words if not word.startswith("hydra"))  # those the cli adds
+    tuned = {name: value for name, value in sorted(os.environ.items()) if re.match(_TUNING, name)}
+    if tuned:
+        report["environment"] = " ".join(f"{name}={value}" for name, value in tuned.items())
     report["time"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     if torch.cuda.is_available():
         report |= _gpu_state()

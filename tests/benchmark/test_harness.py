@@ -151,11 +151,13 @@ def test_an_unknown_baseline_is_refused(sides):
         compare(sides, baseline="b")
 
 
-def test_a_header_names_machine_versions_and_commit():
+def test_a_header_names_machine_versions_and_commit(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "99")
     report = header(command=["python", "scripts/benchmark.py", "op=merge", "hydra.run.dir=."])
     assert report["command"] == "python scripts/benchmark.py op=merge"
     assert {"device", "cpu", "cores", "torch", "triton", "commit", "dirty", "time", "load_1min"} <= report.keys()
     assert isinstance(report["dirty"], bool)
+    assert "MALLOC_TRIM_THRESHOLD_=99" in report["environment"].split()
     assert not report["commit"].endswith("-dirty")
     if not torch.cuda.is_available():
         assert report["claim"] == "CPU run: no claim about the speed of a GPU"
