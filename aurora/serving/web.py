@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import hydra
 from omegaconf import DictConfig
 
-from aurora.captioning import BUNDLED_MODEL
 from aurora.config import load_config, register_schema
 from aurora.data.bundled import MEDIA
 from aurora.runtime import RuntimeConfig, set_threads
@@ -179,7 +179,7 @@ def make_app(config: WebConfig, models: Models, uploads: Path) -> FastAPI:
     server.add_middleware(Gate, uploads=uploads, max_stored_bytes=_STORED_UPLOADS * max_upload_bytes)
     plain = gr.themes.Default(
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
+    ).set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # Gradio's are hard to read
     gr.mount_gradio_app(
         server, page.app, path="", server_name=config.host, server_port=config.port, footer_links=[],
         run_history=False, allowed_paths=[str(MEDIA.resolve())], max_file_size=max_upload_bytes, ssr_mode=False,
@@ -197,17 +197,17 @@ def serve(config: WebConfig) -> None:
     Raises:
         ValueError: if gradio is not installed, the address is taken, or the model cannot be loaded.
     """
-    try:
-        import gradio  # noqa: F401
-        import uvicorn
-    except ModuleNotFoundError as error:
-        raise ValueError(f"web: needs {error.name}; pip install 'aurora-captioner[web]'") from None
+    for package in ("gradio", "uvicorn"):
+        if find_spec(package) is None:
+            raise ValueError(f"web: needs {package}; pip install 'aurora-captioner[web]'")
     set_threads(config.threads)
     listed = [path for path in (config.model_path, *config.models) if path is not None]
     models = Models(config, listed, any_model=config.visitors_name_models)
-    models.load(str(BUNDLED_MODEL) if config.model_path is None else config.model_path)
     signal.signal(signal.SIGTERM, _interrupt)  # so that the uploads are deleted
     with _listen(config.host, config.port) as listener, tempfile.TemporaryDirectory(prefix="aurora-web-") as folder:
+        import uvicorn
+
+        models.load(models.path_of(models.choices[0], ""))
         app = make_app(config, models, Path(folder).resolve())
         port = listener.getsockname()[1]
         print(f"Aurora on http://{'127.0.0.1' if config.host in LOOPBACK else config.host}:{port} (Ctrl-C ends it)",
@@ -232,7 +232,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        raise ValueError(f"host={host} port={port}: {error.strerror or error}; want a free address") from None
+        reason = str(error.strerror or error).partition(" (")[0]  # Python adds the address
+        raise ValueError(f"host={host} port={port}: {reason}; want a free address, port=0 takes one") from None
 
 
 def _interrupt(*_: object) -> None:

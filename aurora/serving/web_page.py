@@ -39,6 +39,14 @@ _RATIOS, _BUDGETS = (0.2, 1.0), (512, 1024)
 _MAX_BUDGET = 8192
 _ERRORS = (ValueError, OSError, torch.OutOfMemoryError)
 _READY = "Upload an image or a video, or take an example; then press Caption."
+_READING = "Reading and encoding ..."
+_FULL = "Too many captions wait for their turn already; try again in a while."
+_OTHER_FILE = "another file was chosen"
+# On a phone the caption stands below the settings.
+_TO_CAPTION = """() => {
+    const caption = document.querySelector("#caption-a");
+    if (caption.getBoundingClientRect().top > window.innerHeight) caption.scrollIntoView({block: "center"});
+}"""
 _HEAD = """# Aurora
 Image or video in, caption out. Similar visual tokens merge inside the vision tower, so that the language model reads
 few of them; the merge map shows which."""
@@ -59,6 +67,7 @@ class Page:
             num_frames: Frames of a video, unless the visitor chooses.
         """
         self.models, self.limits, self.sessions = models, limits, Sessions()
+        self._captioned: dict[str, list[Any]] = {}
         self.num_frames = min(num_frames, limits.max_frames)
         self.clips = read_clips(MEDIA)
         self.app = self.build()
@@ -158,12 +167,12 @@ class Page:
         }
         begun = self.start.click(self.begin, None, [self.start, self.cancel, *results[:-2]], **quick)
         done = begun.then(self.run, settings, results, **model_runs)
-        done.then(lambda: (gr.update(interactive=True), gr.update(interactive=False)), None, [self.start, self.cancel],
-                  **quick)  # fmt: skip
-        self.cancel.click(self.stop, None, [self.status, self.cancel], **quick)
+        done.then(self.finish, None, [self.start, self.cancel, self.status], **quick)
+        self.start.click(None, js=_TO_CAPTION, **quick)
+        self.cancel.click(self.stop, None, self.cancel, **quick)
         app.unload(self.leave)
 
-        cleared = self.file.change(self.clear, None, results, **quick)
+        cleared = self.file.change(self.clear, self.file, results, **quick)
         cleared.then(self.look, settings, [self.status, *self.maps], trigger_mode="always_last", **model_runs)
         moved = [slider.release for slider in (*self.ratios, *self.budgets, self.frames)]
         changed = [box.change for box in (self.amount, self.compare, self.schedule, self.aspect, self.model)]
@@ -230,14 +239,21 @@ class Page:
             wish.check(self.limits)
         return wishes
 
-    def clear(self) -> list[str]:
-        """Empty the results: they belong to another file."""
-        return [web_view.note(_READY)] + [""] * (len(self.captions) + len(self.figures) + len(self.maps))
+    def clear(self, file: str | None, request: gr.Request) -> list[str]:
+        """Empty the results, and end the run that would fill them: they belong to another file."""
+        self.sessions.cancel(_session(request), _OTHER_FILE)
+        self._captioned.pop(_session(request), None)
+        status = web_view.note(_READING, "busy") if file else web_view.note(_READY)
+        return [status] + [""] * (len(self.captions) + len(self.figures) + len(self.maps))
 
-    def look(self, values: Values) -> dict[Any, Any]:
+    def look(self, values: Values, request: gr.Request) -> dict[Any, Any]:
         """Draw the merge maps, where the model is loaded already."""
         if not values[self.file]:
             return {self.status: web_view.note(_READY)}
+        if values[self.model] in (FOLDER, HUB_ID) and not values[self.typed]:
+            text = f"Name {values[self.model]} below the chooser, then press Caption."
+            return {self.status: web_view.note(text), **dict.fromkeys(self.maps, "")}
+        session = _session(request)
         try:
             wishes = self.wishes({**values, self.prompt: values[self.prompt] or "-"})
             loaded = self.models.ready(self.models.path_of(values[self.model], values[self.typed] or ""))
@@ -249,22 +265,26 @@ class Page:
             merged = [encode(loaded, wish) for wish in wishes]
         except _ERRORS as error:
             return {self.status: _error(error, values[self.file]), **dict.fromkeys(self.maps, "")}
-        drawn = [web_view.maps(one) for one in merged] + [""]
-        return {self.status: web_view.note("Ready: press Caption."), **dict(zip(self.maps, drawn))}
+        shown: dict[Any, Any] = dict(zip(self.maps, [web_view.maps(one) for one in merged] + [""]))
+        # A run that began meanwhile says how it goes, and one that ended with these maps has said so.
+        if not self.sessions.busy(session) and self._captioned.get(session) != _maps_of(wishes):
+            shown[self.status] = web_view.note("Ready: press Caption.")
+        return shown
 
     def begin(self, request: gr.Request) -> list[Any]:
         """Answer the click at once; the run may have to wait."""
         self.sessions.begin(_session(request))
         waiting = web_view.note("Waiting for its turn ...", "busy")
-        return [gr.update(interactive=False), gr.update(interactive=True), waiting, "", "", "", ""]
+        return [gr.update(interactive=False), gr.update(value="Cancel", interactive=True), waiting, "", "", "", ""]
 
     def run(self, values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Caption, and report as it goes."""
         session = _session(request)
+        self._captioned.pop(session, None)
         stop = self.sessions.stopper(session, self.limits.max_seconds)
         try:
-            if stop():
-                yield {self.status: web_view.note("Cancelled before it began.")}
+            if reason := stop():
+                yield self._ended(reason, "Cancelled before it began.")
                 return
             wishes = self.wishes(values)
             path = self.models.path_of(values[self.model], values[self.typed] or "")
@@ -272,20 +292,34 @@ class Page:
                 yield {self.status: web_view.note(f"Loading {values[self.model]} ...", "busy")}
             loaded = self.models.load(path)
             stop = self.sessions.stopper(session, self.limits.max_seconds)
-            yield {self.status: web_view.note("Reading and encoding ...", "busy")}
+            yield {self.status: web_view.note(_READING, "busy")}
             for column, wish in enumerate(wishes):
                 before = None
                 for progress in caption(loaded, wish, stop):
                     yield self.show(column, progress, first=before is None)
                     before = progress
                 if before is not None and before.stopped:
-                    yield {self.status: web_view.note(before.stopped.capitalize() + ".")}
+                    yield self._ended(before.stopped, before.stopped.capitalize() + ".")
                     return
+            self._captioned[session] = _maps_of(wishes)
             yield {self.status: web_view.note("Done.", "done")}
         except _ERRORS as error:
             yield {self.status: _error(error, values[self.file])}
         finally:
             self.sessions.end(session)
+
+    def _ended(self, reason: str, text: str) -> dict[Any, Any]:
+        """Say why a run ended; of a run over another file nothing stays."""
+        if reason != _OTHER_FILE:
+            return {self.status: web_view.note(text)}
+        results = [*self.captions, *self.figures, *self.maps]
+        return {self.status: web_view.note(_READING, "busy"), **dict.fromkeys(results, "")}
+
+    def finish(self, request: gr.Request) -> list[Any]:
+        """A run is over, or the queue had no place for it."""
+        refused = self.sessions.end(_session(request))
+        status = web_view.note(_FULL, "error") if refused else gr.skip()
+        return [gr.update(interactive=True), gr.update(value="Cancel", interactive=False), status]
 
     def show(self, column: int, progress: Progress, *, first: bool) -> dict[Any, Any]:
         """Put the progress of a run into its column; the map is sent once."""
@@ -299,14 +333,20 @@ class Page:
             shown[self.figures[column]] = web_view.figures(progress.merged, progress.figures, name)
         return shown
 
-    def stop(self, request: gr.Request) -> tuple[Any, Any]:
-        """End the visitor's own run."""
+    def stop(self, request: gr.Request) -> dict[str, Any]:
+        """End the visitor's own run, which says so itself: this answer may arrive after it."""
         found = self.sessions.cancel(_session(request))
-        return web_view.note("Cancelling ...", "busy") if found else gr.skip(), gr.update(interactive=False)
+        return gr.update(value="Cancelling ..." if found else "Cancel", interactive=False)
 
     def leave(self, request: gr.Request) -> None:
         """Nobody reads the caption of a page that was closed."""
         self.sessions.cancel(_session(request))
+        self._captioned.pop(_session(request), None)
+
+
+def _maps_of(wishes: list[Wish]) -> list[Any]:
+    """What of the wishes decides on their merge maps."""
+    return [(wish.path, wish.num_frames, wish.merge, wish.aspect_ratio) for wish in wishes]
 
 
 def _session(request: gr.Request) -> str:

@@ -128,7 +128,13 @@ class Models:
             runtime: Device and dtype.
             listed: Folders and hub ids to offer beside the bundled model, the first as the default.
             any_model: Also load what a visitor names.
+
+        Raises:
+            ValueError: if an offer is neither a folder nor a hub id.
         """
+        for path in listed:
+            if path != BUNDLED and not Path(path).expanduser().is_dir() and not _HUB_ID.fullmatch(path):
+                raise ValueError(f"model {path}: no such folder; want one, or a hub id owner/name")
         self.choices = [*dict.fromkeys([*listed, BUNDLED]), *([FOLDER, HUB_ID] if any_model else [])]
         self._runtime = runtime
         self._lock = threading.Lock()
@@ -176,10 +182,10 @@ class Models:
         with self._lock:
             if (ready := self.ready(path)) is not None:
                 return ready
-            self._loaded = None  # both may not fit
             folder = resolve_checkpoint(path)
             device = resolve_device(self._runtime.device)
             processor = AuroraProcessor.from_pretrained(folder)
+            self._loaded = None  # both may not fit; what has no processor did not get here
             model = AuroraForConditionalGeneration.from_pretrained(
                 folder, torch_dtype=resolve_dtype(self._runtime.dtype, device), device_map=device
             )
@@ -357,38 +363,48 @@ def _memory_bytes(device: torch.device) -> int | None:
     return None if found is None else int(found[1]) * 1024
 
 
+@dataclass(slots=True)
+class _Run:
+    """A visitor's run that waits or works."""
+
+    end: str = ""
+    """Why it has to end, or nothing."""
+
+
 class Sessions:
-    """Who has a run that waits or works, so that it can be cancelled by its own visitor."""
+    """Who has a run that waits or works, so that it can be ended by its own visitor."""
 
     def __init__(self) -> None:
         """Begin with nobody."""
-        self._cancelled: dict[str, threading.Event] = {}
+        self._runs: dict[str, _Run] = {}
 
     def begin(self, session: str) -> None:
         """A visitor asks for a run."""
-        self._cancelled[session] = threading.Event()
+        self._runs[session] = _Run()
 
-    def cancel(self, session: str) -> bool:
-        """End a visitor's run; returns whether there was one."""
-        event = self._cancelled.get(session)
-        if event is not None:
-            event.set()
-        return event is not None
+    def cancel(self, session: str, reason: str = "cancelled") -> bool:
+        """End a visitor's run for a reason; returns whether there was one."""
+        run = self._runs.get(session)
+        if run is not None:
+            run.end = reason
+        return run is not None
 
-    def end(self, session: str) -> None:
-        """A visitor's run is over."""
-        self._cancelled.pop(session, None)
+    def busy(self, session: str) -> bool:
+        """Whether a visitor's run waits or works."""
+        return session in self._runs
+
+    def end(self, session: str) -> bool:
+        """A visitor's run is over; returns whether it had not ended before."""
+        return self._runs.pop(session, None) is not None
 
     def stopper(self, session: str, max_seconds: float) -> Callable[[], str]:
         """What tells a run of this visitor, which starts now, whether to stop."""
-        event = self._cancelled.setdefault(session, threading.Event())
+        run = self._runs.setdefault(session, _Run())
         deadline = time.monotonic() + max_seconds
 
         def stop() -> str:
-            if event.is_set():
-                return "cancelled"
-            return f"stopped after {max_seconds:g} s, the most that limits.max_seconds allows" * (
-                time.monotonic() > deadline
-            )
+            if run.end or time.monotonic() <= deadline:
+                return run.end
+            return f"stopped after {max_seconds:g} s, the most that limits.max_seconds allows"
 
         return stop

@@ -34,8 +34,7 @@ CSS = """
 .aurora-grid img.merged { position: absolute; inset: 0; height: 100%; transition: opacity .15s }
 .aurora-grid figure:hover img.merged, .aurora-grid figure:focus img.merged { opacity: 0 }
 .aurora-grid figcaption { font-size: 12px; text-align: center; padding-top: 2px; font-variant-numeric: tabular-nums }
-.aurora-grid figcaption, .aurora-map p, .aurora-figures p, .aurora-figures dt { color: var(--body-text-color);
-  opacity: .75 }
+.aurora-grid figcaption, .aurora-map p, .aurora-figures dt { color: var(--body-text-color); opacity: .75 }
 .aurora-map p, .aurora-figures p { margin: 6px 0 0; font-size: 12px }
 .aurora-figures dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 12px; margin: 8px 0 0;
   font-size: 13px; font-variant-numeric: tabular-nums }
@@ -47,6 +46,9 @@ CSS = """
 .aurora-phases span.phase { white-space: nowrap; margin-right: 10px }
 #status { position: sticky; top: 8px; z-index: 40 }
 #status .html-container, [id^="figures-"] .html-container, [id^="map-"] .html-container { padding: 0 !important }
+button#cancel:disabled { background: var(--button-secondary-background-fill); color: var(--body-text-color-subdued) }
+input[type=range]::-webkit-slider-thumb { border: 1px solid var(--neutral-400) }
+input[type=range]::-moz-range-thumb { border: 1px solid var(--neutral-400) }
 #examples .grid-wrap { max-height: none; height: auto; min-height: 0; padding: 0 }
 #examples .caption-label { font-size: 11px; padding: 1px 5px; max-width: 100%; border-radius: 4px 0 0 0 }
 #examples .grid-container { grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px }
@@ -86,12 +88,14 @@ def maps(merged: Merged) -> str:
     legend = "Each outlined group is one visual token, in its mean colour."
     if merged.num_tokens == merged.num_patches:
         legend = "Nothing merged: each patch is one visual token."
+    elif _keeps_more_than_asked(merged):
+        legend += " The published schedule keeps more than asked; exact, under Advanced, keeps the share."
     grid = "aurora-grid single" if len(shown) == 1 else "aurora-grid"
     head = f"Merge map, {merged.run.name}: {_share(merged)}"
     return (
         f'<section class="aurora-map" data-tokens="{merged.num_tokens}"><h4>{escape(head)}</h4>'
         f'<div class="{grid}">{"".join(figures)}</div>'
-        f"<p>{some}{legend} Point at a map to see the frame.</p>"
+        f"<p>{some}{legend} Point at a map, or tap it, to see the frame.</p>"
         "</section>"
     )
 
@@ -125,6 +129,12 @@ def figures(merged: Merged, made: Figures, name: str) -> str:
         f'<section class="aurora-figures"><h4>{escape(name)}</h4><div class="aurora-bar">{bar}</div>'
         f'<p class="aurora-phases">{phases}</p><dl>{listed}</dl></section>'
     )
+
+
+def _keeps_more_than_asked(merged: Merged) -> bool:
+    merge = merged.prefix.features.merges[0]
+    asked = 1.0 if merge.visual_token_budget is not None else merge.token_kept_ratio
+    return merged.num_tokens / merged.num_patches > asked + 0.02
 
 
 def _share(merged: Merged) -> str:

@@ -206,7 +206,10 @@ def save_bytes(content: bytes, path: str | Path) -> Path:
         OSError: if the file cannot be written; the error names it.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        raise NotADirectoryError(error.errno, "a file, want a folder", str(path.parent)) from error
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         beside.write_bytes(content)

@@ -1,11 +1,13 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 
 from aurora.captioning import BUNDLED_MODEL
 from aurora.data.bundled import MEDIA, read_clips
-from aurora.serving.web import MAX_MESSAGE_BYTES, Gate, WebConfig, make_app
+from aurora.serving import web
+from aurora.serving.web import MAX_MESSAGE_BYTES, Gate, WebConfig, make_app, serve
 from aurora.serving.web_page import BUDGET, SHARE, Page
 from aurora.serving.web_runs import BUNDLED, FOLDER, HUB_ID, Limits, Models
 
@@ -75,13 +77,13 @@ def test_a_budget_is_kept(page):
 
 
 def test_looking_draws_the_map_of_the_ratio(page):
-    few, many = (page.look(values(page) | {page.ratios[0]: ratio})[page.maps[0]] for ratio in (0.1, 0.8))
+    few, many = (page.look(values(page) | {page.ratios[0]: ratio}, VISITOR)[page.maps[0]] for ratio in (0.1, 0.8))
     assert "kept ratio 0.1" in few
     assert few != many
 
 
 def test_looking_with_a_model_that_is_not_loaded_loads_nothing(page, models, tmp_path):
-    shown = page.look(values(page, model=FOLDER, typed=str(tmp_path)))
+    shown = page.look(values(page, model=FOLDER, typed=str(tmp_path)), VISITOR)
     assert "192x192 pixels" in shown[page.status]
     assert shown[page.maps[0]] == ""
     assert models.ready(str(BUNDLED_MODEL)) is not None
@@ -108,14 +110,14 @@ def test_a_broken_upload_is_named_as_its_visitor_knows_it(page, tmp_path):
     file = tmp_path / "broken.mp4"
     file.write_bytes(CLIP.read_bytes()[:5000])
     held = values(page, file=str(file))
-    for shown in (page.look(held), outcome(page, held)):
+    for shown in (page.look(held, VISITOR), outcome(page, held)):
         assert "broken.mp4: " in shown[page.status]
         assert str(tmp_path) not in shown[page.status]
 
 
 def test_a_run_can_be_cancelled_before_and_while_it_runs(page):
     page.begin(VISITOR)
-    assert "Cancelling" in page.stop(VISITOR)[0]
+    assert "Cancelling" in page.stop(VISITOR)["value"]
     assert "Cancelled before" in list(page.run(values(page), VISITOR))[-1][page.status]
     page.begin(VISITOR)
     held = values(page, min_new=600, max_new=600)
@@ -126,6 +128,41 @@ def test_a_run_can_be_cancelled_before_and_while_it_runs(page):
             page.stop(VISITOR)
     assert "Cancelled." in shown[page.status]
     assert page.figures[0] not in shown
+
+
+def test_another_file_ends_the_run_and_leaves_nothing_of_it(page):
+    held = values(page, min_new=600, max_new=600)
+    page.begin(VISITOR)
+    shown: dict = {}
+    for step in page.run(held, VISITOR):
+        shown |= step
+        if shown.get(page.captions[0]):
+            page.clear(str(CLIP), VISITOR)
+    assert "Reading" in shown[page.status]
+    assert {shown[box] for box in (*page.captions, *page.figures, *page.maps)} == {""}
+
+
+def test_a_redrawn_map_does_not_talk_over_a_run(page):
+    held = values(page)
+    assert "Ready" in page.look(held, VISITOR)[page.status]
+    page.begin(VISITOR)  # it waits for its turn while the map is drawn
+    assert page.status not in page.look(held, VISITOR)
+    assert "Done." in outcome(page, held)[page.status]
+    assert page.status not in page.look(held, VISITOR), "Done. stays while the maps are those of the caption"
+    assert "Ready" in page.look(held | {page.ratios[0]: 0.4}, VISITOR)[page.status]
+
+
+def test_a_run_that_found_no_place_in_the_queue_says_so(page):
+    page.begin(VISITOR)
+    assert "Too many" in page.finish(VISITOR)[2]
+    assert outcome(page, values(page))
+    assert page.finish(VISITOR)[2] == gr.skip()
+
+
+def test_a_model_that_is_still_to_be_named_is_no_mistake(page):
+    shown = page.look(values(page, model=HUB_ID, typed=""), VISITOR)
+    assert "Name a Hugging Face hub id" in shown[page.status]
+    assert "alert" not in shown[page.status]
 
 
 def test_the_time_of_a_run_is_bounded(models):
@@ -231,6 +268,17 @@ def test_visitors_of_an_open_address_name_no_models():
     assert WebConfig().visitors_name_models
     assert not WebConfig(host="0.0.0.0").visitors_name_models
     assert WebConfig(host="0.0.0.0", any_model=True).visitors_name_models
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr(web, "find_spec", lambda name: None if name == "gradio" else name)
+    with pytest.raises(ValueError, match=r"needs gradio; pip install 'aurora-captioner\[web\]'"):
+        serve(WebConfig())
+
+
+def test_an_offer_that_names_no_model_is_refused_at_the_start():
+    with pytest.raises(ValueError, match=r"model x: no such folder; want one, or a hub id owner/name"):
+        serve(WebConfig(models=["x"], port=0))
 
 
 @pytest.mark.parametrize("bad", [{"port": 70000}, {"port": -1}, {"num_frm": 0}])

@@ -10,7 +10,7 @@ from PIL import Image
 from aurora.captioning import BUNDLED_MODEL
 from aurora.data.bundled import MEDIA, read_clips
 from aurora.generation.sampling import SamplingConfig
-from aurora.model.merge import MergeConfig
+from aurora.model.merge import MergeConfig, Schedule
 from aurora.processing.image import AspectRatio
 from aurora.runtime import RuntimeConfig
 from aurora.serving import web_view
@@ -124,9 +124,14 @@ def test_sessions_are_apart_and_time_is_bounded():
     first, second = sessions.stopper("a", 60), sessions.stopper("b", 60)
     assert sessions.cancel("a")
     assert (first(), second()) == ("cancelled", "")
-    sessions.end("a")
+    assert sessions.busy("a")
+    assert sessions.end("a")
+    assert not sessions.end("a")
+    assert not sessions.busy("a")
     assert not sessions.cancel("a")
-    late = sessions.stopper("b", 0.01)
+    assert sessions.cancel("b", "moved on")
+    assert second() == "moved on"
+    late = sessions.stopper("c", 0.01)
     time.sleep(0.02)
     assert late().startswith("stopped after 0.01 s")
 
@@ -178,8 +183,10 @@ def test_a_named_model_is_checked_before_it_is_loaded(tmp_path):
     ]:
         with pytest.raises(ValueError, match=r"folder|hub id"):
             models.path_of(choice, typed)
+    kept = models.load(str(BUNDLED_MODEL))
     with pytest.raises(ValueError, match=str(tmp_path)):
         models.load(str(tmp_path))
+    assert models.ready(str(BUNDLED_MODEL)) is kept, "a mistake unloads nothing"
 
 
 def test_a_model_is_loaded_once():
@@ -208,6 +215,13 @@ def test_messages_are_escaped(loaded):
     *_, last = caption(loaded, wish(sampling=SamplingConfig(max_new_tokens=4)), lambda: "")
     assert "&lt;b&gt;" in web_view.figures(last.merged, last.figures, "<b>")
     assert "384 of 1,152 (33%)" in web_view.figures(last.merged, last.figures, "x")
+
+
+def test_a_schedule_that_keeps_more_than_asked_is_explained(loaded):
+    published = MergeConfig(token_kept_ratio=0.2)
+    assert "keeps more than asked" in web_view.maps(encode(loaded, wish(merge=published)))
+    for merge in (MergeConfig(token_kept_ratio=0.2, schedule=Schedule.exact), MergeConfig(visual_token_budget=64)):
+        assert "more than asked" not in web_view.maps(encode(loaded, wish(merge=merge)))
 
 
 def test_a_map_without_merging_says_so(loaded):

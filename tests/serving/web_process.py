@@ -13,14 +13,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def web_page(*settings: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start `scripts/web.py` on a free port; gives its address and the process."""
+def web_page(*settings: str, temporary: Path | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Start `scripts/web.py` on a free port; gives its address and the process, which keeps uploads in `temporary`."""
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "scripts" / "web.py"), "port=0", *settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **({} if temporary is None else {"TMPDIR": str(temporary)})},
         # A program started in the background of a shell ignores Ctrl-C, and its children inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )

@@ -9,9 +9,12 @@ from typing import Any
 import pytest
 
 FLAGS = [
-    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+    "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
+    "--disable-dev-shm-usage",  # containers have little of it
 ]  # fmt: skip
+TIMEOUT_MS = 120_000
+"""Of whatever is waited for: machines may be slow."""
 
 
 @contextmanager
@@ -23,8 +26,15 @@ def chromium() -> Iterator[Any]:
         installed = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
         if installed is None and not Path(playwright.chromium.executable_path).exists():
             pytest.skip("no Chromium is installed")
-        browser = playwright.chromium.launch(executable_path=installed, args=FLAGS)
+        browser = playwright.chromium.launch(executable_path=installed, args=FLAGS, timeout=TIMEOUT_MS)
         try:
             yield browser
         finally:
             browser.close()
+
+
+def open_tab(browser: Any, **options: Any) -> Any:
+    """Open a tab in a context of its own, `tab.context`, that waits patiently."""
+    context = browser.new_context(**options)
+    context.set_default_timeout(TIMEOUT_MS)
+    return context.new_page()

@@ -17,7 +17,7 @@ from aurora.model.vision import VisionTrace
 from aurora.visualization.explorer import explorer_page
 from aurora.visualization.film import TracedRun
 from aurora.visualization.merge_map import FrameTrace, Picture, group_colours, to_pictures, trace_frames
-from tests.visualization.browser import chromium
+from tests.visualization.browser import chromium, open_tab
 
 HEIGHT, WIDTH = 48, 80
 TITLE = 'a "clip" </script><b>&amp; löwe.mp4'
@@ -98,8 +98,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture
 def tab(browser: Any, file: Path) -> Iterator[Any]:
     """The page from disk without a network; nothing is requested, and nothing goes wrong in its script."""
-    context = browser.new_context(offline=True, viewport={"width": 1000, "height": 900})
-    tab = context.new_page()
+    tab = open_tab(browser, offline=True, viewport={"width": 1000, "height": 900})
     problems, requests = [], []
     tab.on("console", lambda message: message.type == "error" and problems.append(message.text))
     tab.on("pageerror", lambda error: problems.append(str(error)))
@@ -109,7 +108,7 @@ def tab(browser: Any, file: Path) -> Iterator[Any]:
     yield tab
     assert problems == []
     assert {url.partition("#")[0] for url in requests if not url.startswith("data:")} == {file.as_uri()}
-    context.close()
+    tab.context.close()
 
 
 def _centre(tab: Any, canvas: str, row: int, column: int) -> tuple[float, float]:
@@ -138,7 +137,7 @@ def test_pointing_at_a_patch_lights_up_its_group(
     largest = int(np.bincount(groups.ravel()).argmax())
     row, column = (int(index) for index in np.argwhere(groups == largest)[-1])
     tab.mouse.move(*_centre(tab, canvas, row, column))
-    assert tab.locator("#map").get_attribute("data-group") == str(largest)
+    tab.wait_for_selector(f"#map[data-group='{largest}']")
     said = tab.locator("#status").inner_text()
     assert f"Token {largest + 1} of 12: {(groups == largest).sum()} patches" in said
     assert f"row {row + 1}, column {column + 1}" in said
@@ -146,7 +145,7 @@ def test_pointing_at_a_patch_lights_up_its_group(
         assert _pixel(tab, "#map", *other) != colours[groups[tuple(other)]].tolist()
     assert _pixel(tab, "#map", row, column) == colours[largest].tolist()
     tab.mouse.move(5, 5)
-    assert tab.locator("#map").get_attribute("data-group") == ""
+    tab.wait_for_selector("#map[data-group='']")
 
 
 @pytest.mark.slow
@@ -188,10 +187,15 @@ def test_the_keyboard_reaches_everything(tab: Any, runs: list[TracedRun]) -> Non
 
 @pytest.mark.slow
 def test_the_layers_play_and_a_view_can_be_linked_to(tab: Any, file: Path) -> None:
+    tab.evaluate("""() => {
+        window.shown = [];
+        const name = document.querySelector("#layerName");
+        new MutationObserver(() => window.shown.push(name.textContent)).observe(name, { childList: true });
+    }""")
     tab.locator("#play").click()
-    tab.locator("#layerName", has_text="2 of 4").wait_for()
+    tab.wait_for_function("window.shown.length >= 5")
     tab.locator("#play[aria-pressed=false]").wait_for()
-    assert tab.locator("#layerName").inner_text() == "4 of 4"
+    assert tab.evaluate("window.shown") == ["0 of 4: patches", "1 of 4", "2 of 4", "3 of 4", "4 of 4"]
     tab.goto("about:blank")
     tab.goto(file.as_uri() + "#run=2&layer=3&frame=1&patch=59&held=7&run=99&title=x")
     tab.wait_for_selector("html[data-ready=yes]")
@@ -203,8 +207,7 @@ def test_the_layers_play_and_a_view_can_be_linked_to(tab: Any, file: Path) -> No
 def test_light_and_dark_follow_the_reader_and_the_button(browser: Any, file: Path, tmp_path: Path) -> None:
     papers = {}
     for scheme, width in (("light", 1200), ("dark", 1200), ("dark", 390)):
-        context = browser.new_context(offline=True, color_scheme=scheme, viewport={"width": width, "height": 800})
-        tab = context.new_page()
+        tab = open_tab(browser, offline=True, color_scheme=scheme, viewport={"width": width, "height": 800})
         tab.goto(file.as_uri())
         tab.wait_for_selector("html[data-ready=yes]")
         paper = "getComputedStyle(document.body).backgroundColor"
@@ -215,5 +218,5 @@ def test_light_and_dark_follow_the_reader_and_the_button(browser: Any, file: Pat
         assert tab.evaluate(paper) == "rgb(255, 255, 255)"
         tab.locator("#theme").click()
         assert tab.evaluate(paper) == "rgb(13, 17, 23)"
-        context.close()
+        tab.context.close()
     assert papers == {"light": "rgb(255, 255, 255)", "dark": "rgb(13, 17, 23)"}

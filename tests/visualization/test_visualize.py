@@ -178,6 +178,16 @@ def test_a_failed_drawing_leaves_the_old_file(
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_a_file_in_place_of_the_folder_is_told(
+    image: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as stopped:
+        _draw(f"visual_input={image}", f"model_path={tiny_checkpoint}", f"output={tmp_path / 'file' / 'a.png'}")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"error: {tmp_path / 'file'}: a file, want a folder\n"
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
