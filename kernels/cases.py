@@ -13,6 +13,23 @@ import torch
 from torch import Tensor
 
 
+class EncoderShape(NamedTuple):
+    """Sizes of one layer's merging and attention: C channels in H heads of width D, R merged pairs."""
+
+    B: int
+    N: int
+    C: int
+    H: int
+    D: int
+    R: int
+
+
+ENCODER_SHAPES = tuple(
+    EncoderShape(B=B, N=N, C=1280, H=16, D=80, R=18) for B, N in ((8, 730), (8, 172), (32, 730), (1, 730))
+)
+"""ViT-H at 378 px and ratio 0.2: before the first and the last layer, and in a larger and a smaller batch."""
+
+
 class Values(Enum):
     """What the metric of a case looks like."""
 
@@ -144,8 +161,7 @@ MERGE_CASES_TILES = [
 """Several tiles of tokens, ties across tiles, and more sources than one vector of 64."""
 
 MERGE_CASES_7B = [
-    MergeCase(rows=8, num_tokens=730, width=1280, metric_width=80, r=18),
-    MergeCase(rows=8, num_tokens=172, width=1280, metric_width=80, r=18),
+    *(MergeCase(rows=s.B, num_tokens=s.N, width=s.C, metric_width=s.D, r=s.R) for s in ENCODER_SHAPES[:2]),
     MergeCase(rows=1, num_tokens=449, width=1280, metric_width=80, r=39),
     MergeCase(rows=4, num_tokens=729, width=1152, metric_width=64, r=22, class_token=False, values=Values.ties),
     MergeCase(rows=2, num_tokens=730, width=1280, metric_width=64, r=18, values=Values.ties),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from torch import Tensor
 from aurora.benchmark.config import Op
 from aurora.benchmark.harness import WrongResultError, expect_close
 from aurora.benchmark.tome import TomePairs, tome_attention, tome_match, tome_merge, tome_step
+from aurora.kernels.cases import EncoderShape
 from aurora.kernels.cross_entropy import linear_cross_entropy
 from aurora.kernels.merge import Matching, key_metric, match_tokens, merge_tokens, merge_tokens_norm
 from aurora.model.attention import attention
@@ -26,17 +27,6 @@ from aurora.model.attention import attention
 Run = Callable[..., Any]
 """One way to compute an op: takes the case's inputs, returns a tensor or a tuple of tensors."""
 Check = Callable[[str, Any, Any], None]
-
-
-class Shape(NamedTuple):
-    """Sizes of the encoder ops."""
-
-    B: int
-    N: int
-    C: int
-    H: int
-    D: int
-    R: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +54,9 @@ class Case:
     """Operations of the backward pass."""
 
 
-def merge_cases(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device, *, with_triton: bool) -> Iterator[Case]:
+def merge_cases(
+    op: Op, shape: EncoderShape, dtype: torch.dtype, device: torch.device, *, with_triton: bool
+) -> Iterator[Case]:
     """Build the case of match, merge, merge_step or merge_norm; the arguments name op, sizes, type and place.
 
     merge_step is one layer's whole merging, from the keys on; merge_norm adds the residual and ends in a LayerNorm.
@@ -125,7 +117,9 @@ def merge_cases(op: Op, shape: Shape, dtype: torch.dtype, device: torch.device, 
         )  # fmt: skip
 
 
-def attention_cases(shape: Shape, dtype: torch.dtype, device: torch.device, *, with_triton: bool) -> Iterator[Case]:
+def attention_cases(
+    shape: EncoderShape, dtype: torch.dtype, device: torch.device, *, with_triton: bool
+) -> Iterator[Case]:
     """Build attention without and with a key bias; the second also shows the first's SDPA, for what a bias costs."""
     B, N, _, H, D, _ = shape
     q, k, v = torch.randn(3, B, N, H, D, device=device, dtype=dtype).unbind()

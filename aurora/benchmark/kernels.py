@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from aurora.benchmark.cases import Case, Run, Shape, attention_cases, cross_entropy_cases, merge_cases
+from aurora.benchmark.cases import Case, Run, attention_cases, cross_entropy_cases, merge_cases
 from aurora.benchmark.config import BenchmarkConfig, Op
 from aurora.benchmark.encoder import strict_recompiles
 from aurora.benchmark.harness import Row, compare
+from aurora.kernels.cases import ENCODER_SHAPES, EncoderShape
 from aurora.kernels.common import HAS_TRITON, INTERPRETED
 from aurora.runtime import Dtype, resolve_device, resolve_dtype, seed_everything
 
@@ -121,13 +122,12 @@ def _cases(config: BenchmarkConfig, device: torch.device) -> Iterator[Case]:
                 yield from cross_entropy_cases(*sizes, dtype, device)
 
 
-def _shapes(config: BenchmarkConfig, op: Op, device: torch.device) -> list[Shape]:
-    """ViT-H at 378 px: before the first layer and, on a GPU, in smaller and larger batches and with a quarter left."""
+def _shapes(config: BenchmarkConfig, op: Op, device: torch.device) -> list[EncoderShape]:
     if config.quick:
-        return [Shape(B=2, N=19, C=32, H=2, D=16, R=5)]
+        return [EncoderShape(B=2, N=19, C=32, H=2, D=16, R=5)]
     if device.type != "cuda":
-        return [Shape(B=2 if op is Op.attention else 8, N=730, C=1280, H=16, D=80, R=18)]
-    return [Shape(B=B, N=N, C=1280, H=16, D=80, R=18) for B, N in ((8, 730), (32, 730), (1, 730), (8, 172))]
+        return [ENCODER_SHAPES[0]._replace(B=2) if op is Op.attention else ENCODER_SHAPES[0]]
+    return list(ENCODER_SHAPES)
 
 
 def _call(side: Run, case: Case, kind: str) -> Callable[[], Any]:
