@@ -236,8 +236,10 @@ def measure_cell(job: CaptionJob) -> dict[str, Any]:
 
     Returns:
         A row of cells.jsonl: scores in [0, 1] for each clip and category, visual tokens, and per clip the seconds of
-        each phase and the MiB of keys and values; peak_mib is what CUDA allocated at most.
+        each phase and the MiB of keys and values; peak_mib is what CUDA allocated at most, wall_s the whole cell with
+        rendering its clips.
     """
+    began = time.perf_counter()
     model, processor = _load(job.model_path, job.device, job.dtype)
     variant, ratio, seed = job.cell
     questions = {category.value: caption_prompts(category)[0] for category in Category}
@@ -283,6 +285,7 @@ def measure_cell(job: CaptionJob) -> dict[str, Any]:
         "seconds": {phase: round(spent / len(clips), 5) for phase, spent in seconds.items()},
         "kv_mib": round(_kv_bytes(model) * sum(tokens) / len(tokens) / 2**20, 4),
         "peak_mib": _peak_mib(model.device),
+        "wall_s": round(time.perf_counter() - began, 2),
     }
 
 

@@ -78,6 +78,8 @@ def to_record(cells: Sequence[Mapping[str, Any]], *, model: str, settings: Mappi
         "num_patches": cells[0]["num_patches"],
         "settings": dict(settings),
         "environment": dict(cells[0]["environment"]),
+        "num_cells": len(cells),
+        "process_s": sum(cell["wall_s"] for cell in cells),
         "points": points,
     }
     return record | {"claim": claim(record), "comparison": comparison(record)}
@@ -200,7 +202,8 @@ def markdown(record: Mapping[str, Any]) -> str:
     parts.append(
         f"{record['environment'].get('device', '?')}, {record['environment'].get('processes', '?')} processes, "
         f"{record['settings'].get('dtype', '?')}, torch {record['environment'].get('torch', '?')}, commit "
-        f"{record['environment'].get('commit', '?')}."
+        f"{record['environment'].get('commit', '?')}; {record['num_cells']} cells in "
+        f"{record['process_s'] / 60:.1f} minutes of one process."
     )
     return "\n\n".join(parts) + "\n"
 

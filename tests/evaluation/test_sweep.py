@@ -45,7 +45,7 @@ def cell_row(variant, ratio, seed, scores, tokens=10.0):
     return {
         "variant": variant, "ratio": ratio, "seed": seed, "categories": CATEGORIES, "scores": scores,
         "visual_tokens": tokens, "num_frames": 1, "num_patches": 100, "kv_mib": 1.0, "peak_mib": None,
-        "seconds": {"encode": 0.1, "prefill": 0.2, "decode": 0.3}, "environment": {"device": "cpu"},
+        "seconds": {"encode": 0.1, "prefill": 0.2, "decode": 0.3}, "wall_s": 45.0, "environment": {"device": "cpu"},
     }  # fmt: skip
 
 
@@ -127,6 +127,7 @@ def test_a_cell_scores_what_the_evaluation_scores_on_files(tmp_path):
     assert row["kv_mib"] == pytest.approx(72 * 2 * 4 * 192 * 4 / 2**20, abs=1e-3)
     assert set(row["seconds"]) == {"encode", "prefill", "decode"}
     assert min(row["seconds"].values()) > 0
+    assert row["wall_s"] > num_clips * sum(row["seconds"].values())
     json.dumps(row)
 
 
@@ -274,6 +275,7 @@ def test_shares_and_differences_are_paired():
     assert record["comparison"][0] in text
     assert "- raster order: exact, tokens sorted" in text
     assert raster["versus_merging"]["value"] == 0
+    assert text.endswith("; 8 cells in 6.0 minutes of one process.\n")
 
 
 @pytest.mark.slow
