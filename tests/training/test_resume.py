@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from aurora.training import state
 from aurora.training.config import StageConfig, TrainConfig
 from aurora.training.distributed import World
-from aurora.training.loop import WholeBatch, is_finished, run_stage
+from aurora.training.loop import WholeBatch, is_finished, run_stage, start_learning, train_step
 from aurora.training.optim import OptimConfig, build_optimizer, lr_factor, set_learning_rate
 from aurora.training.state import checkpoint_path, checkpoint_steps, load_checkpoint, save_checkpoint
 from aurora.training.tiny import build_task
@@ -157,6 +157,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="step 0: loss nan"):
         run_stage(Broken(), STAGE, name="r", folder=tmp_path, num_steps=4, world=World())
     assert checkpoint_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("clip_norm", [1e-3, 1e3])
+def test_the_gradient_is_clipped_as_a_whole(clip_norm: float) -> None:
+    stage = replace(STAGE, optim=OptimConfig(clip_norm=clip_norm))
+    learning = start_learning(Regression(), stage)
+    norm = train_step(learning, stage, step=0, world=World())["grad_norm"]
+    left = torch.cat([p.grad.flatten() for p in learning.parameters if p.grad is not None]).norm().item()
+    assert norm > 0.1, "the norm is reported as it was"
+    assert left == pytest.approx(min(norm, clip_norm), rel=1e-3)
 
 
 def test_the_learning_rate_warms_up_holds_and_decays() -> None:
