@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from aurora.config import load_config, register_schema
 from aurora.data.bundled import MEDIA
 from aurora.runtime import RuntimeConfig, set_threads
-from aurora.serving.web_runs import Limits, Models
+from aurora.serving.web_runs import BUNDLED, Limits, Models
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -201,7 +201,7 @@ def serve(config: WebConfig) -> None:
         if find_spec(package) is None:
             raise ValueError(f"web: needs {package}; pip install 'aurora-captioner[web]'")
     set_threads(config.threads)
-    listed = [path for path in (config.model_path, *config.models) if path is not None]
+    listed = [BUNDLED if config.model_path is None else config.model_path, *config.models]
     models = Models(config, listed, any_model=config.visitors_name_models)
     signal.signal(signal.SIGTERM, _interrupt)  # so that the uploads are deleted
     with _listen(config.host, config.port) as listener, tempfile.TemporaryDirectory(prefix="aurora-web-") as folder:

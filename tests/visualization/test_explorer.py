@@ -193,7 +193,6 @@ def test_the_layers_play_and_a_view_can_be_linked_to(tab: Any, file: Path) -> No
         new MutationObserver(() => window.shown.push(name.textContent)).observe(name, { childList: true });
     }""")
     tab.locator("#play").click()
-    tab.wait_for_function("window.shown.length >= 5")
     tab.locator("#play[aria-pressed=false]").wait_for()
     assert tab.evaluate("window.shown") == ["0 of 4: patches", "1 of 4", "2 of 4", "3 of 4", "4 of 4"]
     tab.goto("about:blank")
