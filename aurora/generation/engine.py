@@ -16,7 +16,7 @@ from torch import Tensor
 from aurora.generation.beam import Stopper, beam_search
 from aurora.generation.context import check_context
 from aurora.generation.graphs import make_stepper
-from aurora.generation.sampling import Sampler, SamplingConfig, are_finite, not_finite
+from aurora.generation.sampling import Sampler, SamplingConfig, if_finite, not_finite
 from aurora.generation.state import Decoder, PromptState, extend, prefill, synchronized_s
 from aurora.model.captioner import AuroraModel, Spliced
 
@@ -178,9 +178,11 @@ class _Loop:
         )
         kept_logits, kept_logprobs = _Kept(len(logits)), _Kept(len(logits))
         pending: list[Tensor] = []
+        ids = sampler(logits)
+        found = if_finite(ids, logits)
+        decoder_chooses = sampler.is_argmax and not keep_logits
         for step in range(1, rows.most_steps + 1):
-            ids = sampler(logits)
-            pending.append(torch.where(are_finite(logits), ids, -1))
+            pending.append(found)
             if keep_logits:
                 kept_logits.add(rows.running, logits.float())
             if sampler.logprobs is not None:
@@ -196,7 +198,12 @@ class _Loop:
                     decoder.keep(chosen)
                     sampler.keep(chosen)
                     ids = ids[chosen]
-            logits = decoder.step(ids)
+            if decoder_chooses:  # on a GPU within the recorded step
+                found = decoder.step_greedily(ids if step == 1 else None)
+            else:
+                logits = decoder.step(ids)
+                ids = sampler(logits)
+                found = if_finite(ids, logits)
         columns = len(rows.columns)
         ends = torch.tensor(rows.num_generated, device=device)[:, None]
         logprobs = kept_logprobs.stacked(columns) if keep_logprobs else None

@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from aurora.generation.sampling import if_finite
 from aurora.generation.state import Decoder, PromptState
 from aurora.model.attention import attention
 from aurora.model.cache import KVCache, SharedKVCache
@@ -39,6 +40,9 @@ class Stepper(Protocol):
 
     def step(self, ids: Tensor) -> Tensor:
         """Run one more token per row, (B,); logits of the next one, (B, V)."""
+
+    def step_greedily(self, ids: Tensor | None) -> Tensor:
+        """Run one more token per row, (B,), None: those chosen last; the likeliest next ones, (B,), -1 for none."""
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from what row rows[i] has generated, (B,) int64; both behind the same prompt."""
@@ -151,6 +155,9 @@ class StaticStep:
         if biased:
             self.cache.key_bias = torch.zeros(batch_size, num_slots, device=device)
         self.ids = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """Tokens to run; behind a step, the likeliest next ones."""
+        self.chosen = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        """The same, with -1 where the logits are not finite."""
         self.position = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
         self.valid = torch.ones(batch_size, num_slots, dtype=torch.bool, device=device)
         self.slots = torch.arange(num_slots, device=device)
@@ -163,7 +170,7 @@ class StaticStep:
             self._forward = _compiled(language_model, batch_size)
 
     def run(self) -> Tensor:
-        """Run the step that the buffers describe, and move them on; logits (B, V)."""
+        """Run the step that the buffers describe, and move them on; logits (B, V), which the next run overwrites."""
         if self.ids.device.type != "cuda":
             return self._run()
         if self.graph is None:
@@ -171,7 +178,7 @@ class StaticStep:
         assert self.graph is not None
         assert self.logits is not None
         self.graph.replay()
-        return self.logits.clone()  # the next replay overwrites them
+        return self.logits
 
     def _run(self) -> Tensor:
         mask = (self.valid & (self.slots <= self.cache.slot))[:, None]  # (B, 1, S)
@@ -183,6 +190,8 @@ class StaticStep:
             logits_to_keep=1,
         )[:, -1]
         self.position.add_(1)
+        torch.argmax(logits, dim=-1, out=self.ids)
+        self.chosen.copy_(if_finite(self.ids, logits))
         return logits
 
     def _record(self) -> None:
@@ -192,7 +201,7 @@ class StaticStep:
             torch.cuda.synchronize()
 
     def _record_once(self) -> None:
-        before = [(buffer, buffer.clone()) for buffer in (self.position, self.cache.slot)]
+        before = [(buffer, buffer.clone()) for buffer in (self.ids, self.position, self.cache.slot)]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate and compile in the first runs, which a graph cannot
@@ -233,11 +242,12 @@ class GraphDecoder:
 
     def step(self, ids: Tensor) -> Tensor:
         """Run one more token per row, (B,); logits of the next one, (B, V)."""
-        if self._length == self._static.cache.max_length:
-            self._move(torch.arange(len(self._valid), device=ids.device))
-        self._static.ids.copy_(ids)
-        self._length += 1
-        return self._static.run()
+        return self._step(ids).clone()
+
+    def step_greedily(self, ids: Tensor | None) -> Tensor:
+        """Run one more token per row, (B,), None: those chosen last; the likeliest next ones, (B,), -1 for none."""
+        self._step(ids)
+        return self._static.chosen.clone()
 
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from what row rows[i] has generated, (B,) int64; both behind the same prompt."""
@@ -249,10 +259,19 @@ class GraphDecoder:
         """Go on with these rows alone, (B_new,) int64."""
         self._move(rows)
 
+    def _step(self, ids: Tensor | None) -> Tensor:
+        """Logits, until the next step."""
+        if self._length == self._static.cache.max_length:
+            self._move(torch.arange(len(self._valid), device=self._valid.device))
+        if ids is not None:
+            self._static.ids.copy_(ids)
+        self._length += 1
+        return self._static.run()
+
     def _move(self, rows: Tensor) -> None:
         """Go on with some rows in the step for so many, and in the bucket that fits."""
         old = self._static
-        position, bias = old.position[rows], old.cache.key_bias
+        ids, position, bias = old.ids[rows], old.position[rows], old.cache.key_bias
         bias = None if bias is None else bias[rows]
         held = [tensor[:, rows, :, : self._length] for tensor in (old.cache.keys, old.cache.values)]
         self._valid = self._valid[rows]
@@ -261,6 +280,7 @@ class GraphDecoder:
         for tensor, values in zip((self._static.cache.keys, self._static.cache.values), held, strict=True):
             tensor[:, :, :, : self._length] = values
         self._static.cache.fill(self._length)
+        self._static.ids.copy_(ids)
         self._fill(position, bias)
 
     def _fill(self, position: Tensor, bias: Tensor | None) -> None:

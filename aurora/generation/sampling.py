@@ -160,6 +160,11 @@ class LogitRules:
         # On the device, so that a step never asks the host how far it is.
         self._num_chosen = torch.zeros((), dtype=torch.int64, device=device)
 
+    @property
+    def any_apply(self) -> bool:
+        """Whether there is a rule."""
+        return self._seen is not None or self._stops is not None
+
     def apply(self, scores: Tensor) -> Tensor:
         """Change the scores of the next tokens.
 
@@ -265,6 +270,11 @@ class Sampler:
             self.logprobs.copy_(logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0])
         return ids
 
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the largest logit is all that it looks for and keeps, so that a decoder may look for it itself."""
+        return self.config.greedy and self.logprobs is None and not self._rules.any_apply
+
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows, (B_new,) int64, each at most once; graphs that hold `choose` are void."""
         self._rules.keep(rows)
@@ -293,6 +303,11 @@ class Sampler:
 def are_finite(logits: Tensor) -> Tensor:
     """Whether all logits of a row are numbers, (B, V) to (B,): a NaN or an infinity shows in their sum."""
     return logits.sum(dim=-1, dtype=torch.float32).isfinite()
+
+
+def if_finite(ids: Tensor, logits: Tensor) -> Tensor:
+    """Tokens (B,) chosen from logits (B, V); -1 where these are not finite, as nothing was chosen then."""
+    return torch.where(are_finite(logits), ids, -1)
 
 
 def not_finite(token: int, dtype: torch.dtype) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aurora.generation.sampling import if_finite
 from aurora.model.cache import KVCache
 from aurora.model.captioner import AuroraModel, Spliced
 from aurora.model.ragged_cache import RaggedKVCache
@@ -167,6 +168,7 @@ class Decoder:
         if state.padded:
             self._mask = torch.cat([state.mask, state.mask.new_ones(len(state.mask), num_steps)], dim=1)
         self._next_position = state.next_position
+        self._chosen = torch.empty(0, dtype=torch.int64)
 
     def step(self, ids: Tensor) -> Tensor:
         """Run one more token per row, (B,); logits of the next one, (B, V)."""
@@ -183,6 +185,12 @@ class Decoder:
         self._next_position = self._next_position + 1
         return logits[:, -1]
 
+    def step_greedily(self, ids: Tensor | None) -> Tensor:
+        """Run one more token per row, (B,), None: those chosen last; the likeliest next ones, (B,), -1 for none."""
+        logits = self.step(self._chosen if ids is None else ids)
+        self._chosen = logits.argmax(dim=-1)
+        return if_finite(self._chosen, logits)
+
     def reorder(self, rows: Tensor) -> None:
         """Let row i go on from what row rows[i] has generated, (B,) int64; both behind the same prompt."""
         self.cache.reorder(rows)
@@ -191,6 +199,7 @@ class Decoder:
         """Go on with these rows alone, (B_new,) int64."""
         self.cache = self.cache.select(rows)
         self._next_position = self._next_position[rows]
+        self._chosen = self._chosen[rows] if len(self._chosen) else self._chosen
         self._mask = None if self._mask is None else self._mask[rows]
 
 

@@ -123,6 +123,48 @@ def test_only_so_many_steps_are_kept(model: AuroraModel, monkeypatch: pytest.Mon
     assert [key[1] for key in model.language_model.products.steps] == [32, 48]
 
 
+@pytest.mark.parametrize("steps_per_check", [1, 8])
+def test_the_step_chooses_greedily_what_a_sampler_would(
+    model: AuroraModel, steps_per_check: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows that end, rows that move into smaller steps and larger buckets; ids never pass through the host."""
+    monkeypatch.setattr("aurora.generation.engine._steps_per_check", lambda device: steps_per_check)
+    long = generate(model, _read(model), SamplingConfig(max_new_tokens=30, eos_token_id=-1))
+    stops = [int(long.sequences[0, 6]), int(long.sequences[2, 12])]
+    greedy = SamplingConfig(max_new_tokens=30, eos_token_id=stops)
+    sampled = SamplingConfig(max_new_tokens=30, eos_token_id=stops, temperature=1.0, top_k=1)
+    want = generate(model, _read(model), greedy)
+    assert len(set(want.num_generated)) > 1
+    monkeypatch.setattr("aurora.generation.engine.make_stepper", GraphDecoder)
+    chosen, step = [], GraphDecoder.step
+    monkeypatch.setattr(GraphDecoder, "step", lambda self, ids: chosen.append(ids) or step(self, ids))
+    for config in (greedy, sampled):
+        made = generate(model, _read(model), config)
+        assert torch.equal(made.sequences, want.sequences)
+        assert made.num_generated == want.num_generated
+        assert bool(chosen) == (config is sampled)
+    kept = generate(model, _read(model), greedy, keep_logits=True, keep_logprobs=True)
+    assert torch.equal(kept.sequences, want.sequences)
+    assert kept.logits is not None
+    for row, length in enumerate(want.num_generated):
+        assert torch.equal(kept.logits[row, :length].argmax(dim=-1), want.sequences[row, :length])
+
+
+def test_a_step_that_fails_says_so(model: AuroraModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("aurora.generation.engine._steps_per_check", lambda device: 8)
+    monkeypatch.setattr("aurora.generation.engine.make_stepper", GraphDecoder)
+    taken, forward = [], model.language_model.forward
+
+    def broken(*args: object, **kwargs: object) -> Tensor:
+        taken.append(1)
+        return forward(*args, **kwargs) * (torch.nan if len(taken) == 3 else 1)
+
+    state = _read(model)
+    monkeypatch.setattr(model.language_model, "forward", broken)
+    with pytest.raises(ValueError, match="logits of new token 4 are not finite"):
+        generate(model, state, SamplingConfig(max_new_tokens=9, eos_token_id=-1))
+
+
 def test_a_cpu_decodes_directly(model: AuroraModel) -> None:
     assert isinstance(make_stepper(model, _read(model), 4), Decoder)
 
