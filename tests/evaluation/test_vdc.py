@@ -347,8 +347,9 @@ def test_a_killed_run_asks_for_nothing_that_it_has(published, tmp_path, random_c
 
 
 @pytest.mark.slow
-def test_the_commands_of_the_page_run_word_for_word(tmp_path):
-    text = (ROOT / "docs" / "evaluate.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("page", ["README.md", "docs/evaluate.md"])
+def test_the_commands_of_the_page_run_word_for_word(tmp_path, page):
+    text = (ROOT / page).read_text(encoding="utf-8")
     block = next(block for block in re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL) if "layout=vdc" in block)
     (tmp_path / ".venv").symlink_to(ROOT / ".venv")
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
