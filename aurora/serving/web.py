@@ -34,6 +34,8 @@ MAX_MESSAGE_BYTES = 2**20
 """Of a request that is no upload."""
 _STORED_UPLOADS = 20
 """Largest uploads that may lie on the disk at once; each is deleted after an hour."""
+_QUEUED_REDRAWS = 256
+"""Maps that may wait to be drawn, of all visitors."""
 
 _PAGES = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", "/robots.txt"}
 _FOLDERS = ("/assets/", "/static/", "/svelte/", "/gradio_api/heartbeat/", "/gradio_api/file=")
@@ -171,7 +173,8 @@ def make_app(config: WebConfig, models: Models, uploads: Path) -> FastAPI:
 
     page.file.async_move_resource_to_block_cache = take_own  # type: ignore[method-assign]
     page.app.has_launched = True  # Gradio checks the paths that clients name from then on; mounting leaves it out
-    page.app.queue(max_size=config.limits.max_waiting, api_open=False)
+    # The page would wait for ever for an event that Gradio refused; `Page.begin` refuses runs in words, and earlier.
+    page.app.queue(max_size=config.limits.max_waiting + _QUEUED_REDRAWS, api_open=False)
     server = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     if config.host in LOOPBACK:  # else a page elsewhere could reach this one under a name of its own
         server.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])

@@ -167,7 +167,8 @@ class Page:
         }
         begun = self.start.click(self.begin, None, [self.start, self.cancel, *results[:-2]], **quick)
         done = begun.then(self.run, settings, results, **model_runs)
-        done.then(self.finish, None, [self.start, self.cancel, self.status], **quick)
+        done.then(lambda: (gr.update(interactive=True), gr.update(value="Cancel", interactive=False)), None,
+                  [self.start, self.cancel], **quick)  # fmt: skip
         self.start.click(None, js=_TO_CAPTION, **quick)
         self.cancel.click(self.stop, None, self.cancel, **quick)
         app.unload(self.leave)
@@ -273,13 +274,16 @@ class Page:
 
     def begin(self, request: gr.Request) -> list[Any]:
         """Answer the click at once; the run may have to wait."""
-        self.sessions.begin(_session(request))
+        if not self.sessions.begin(_session(request), self.limits.max_waiting):
+            return [gr.skip(), gr.skip(), web_view.note(_FULL, "error"), "", "", "", ""]
         waiting = web_view.note("Waiting for its turn ...", "busy")
         return [gr.update(interactive=False), gr.update(value="Cancel", interactive=True), waiting, "", "", "", ""]
 
     def run(self, values: Values, request: gr.Request) -> Iterator[dict[Any, Any]]:
         """Caption, and report as it goes."""
         session = _session(request)
+        if not self.sessions.busy(session):  # refused by `begin`
+            return
         self._captioned.pop(session, None)
         stop = self.sessions.stopper(session, self.limits.max_seconds)
         try:
@@ -314,12 +318,6 @@ class Page:
             return {self.status: web_view.note(text)}
         results = [*self.captions, *self.figures, *self.maps]
         return {self.status: web_view.note(_READING, "busy"), **dict.fromkeys(results, "")}
-
-    def finish(self, request: gr.Request) -> list[Any]:
-        """A run is over, or the queue had no place for it."""
-        refused = self.sessions.end(_session(request))
-        status = web_view.note(_FULL, "error") if refused else gr.skip()
-        return [gr.update(interactive=True), gr.update(value="Cancel", interactive=False), status]
 
     def show(self, column: int, progress: Progress, *, first: bool) -> dict[Any, Any]:
         """Put the progress of a run into its column; the map is sent once."""

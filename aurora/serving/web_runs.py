@@ -378,9 +378,12 @@ class Sessions:
         """Begin with nobody."""
         self._runs: dict[str, _Run] = {}
 
-    def begin(self, session: str) -> None:
-        """A visitor asks for a run."""
+    def begin(self, session: str, max_waiting: int) -> bool:
+        """A visitor asks for a run, and gets one unless so many wait behind the one that works."""
+        if len(self._runs.keys() - {session}) > max_waiting:
+            return False
         self._runs[session] = _Run()
+        return True
 
     def cancel(self, session: str, reason: str = "cancelled") -> bool:
         """End a visitor's run for a reason; returns whether there was one."""
@@ -393,9 +396,9 @@ class Sessions:
         """Whether a visitor's run waits or works."""
         return session in self._runs
 
-    def end(self, session: str) -> bool:
-        """A visitor's run is over; returns whether it had not ended before."""
-        return self._runs.pop(session, None) is not None
+    def end(self, session: str) -> None:
+        """A visitor's run is over."""
+        self._runs.pop(session, None)
 
     def stopper(self, session: str, max_seconds: float) -> Callable[[], str]:
         """What tells a run of this visitor, which starts now, whether to stop."""

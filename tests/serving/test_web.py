@@ -152,11 +152,16 @@ def test_a_redrawn_map_does_not_talk_over_a_run(page):
     assert "Ready" in page.look(held | {page.ratios[0]: 0.4}, VISITOR)[page.status]
 
 
-def test_a_run_that_found_no_place_in_the_queue_says_so(page):
-    page.begin(VISITOR)
-    assert "Too many" in page.finish(VISITOR)[2]
-    assert outcome(page, values(page))
-    assert page.finish(VISITOR)[2] == gr.skip()
+def test_a_run_that_finds_no_place_in_the_queue_is_refused_at_once(models):
+    page = Page(models, Limits(max_waiting=1))
+    for other in ("works", "waits"):
+        page.begin(SimpleNamespace(session_hash=other))
+    start, _, status, *_ = page.begin(VISITOR)
+    assert start == gr.skip(), "the button can be pressed again"
+    assert "Too many" in status
+    assert list(page.run(values(page), VISITOR)) == []
+    page.sessions.end("works")
+    assert "Done." in outcome(page, values(page))[page.status]
 
 
 def test_a_model_that_is_still_to_be_named_is_no_mistake(page):
@@ -241,7 +246,7 @@ def call_with_file(client, named: str) -> str:
     config = client.get("/config").json()
     boxes = {part["id"]: part["props"] for part in config["components"]}
     (box,) = (number for number, props in boxes.items() if props.get("elem_id") == "file")
-    event = next(call for call in config["dependencies"] if box in call["inputs"] and call["queue"])
+    *_, event = (call for call in config["dependencies"] if box in call["inputs"] and call["queue"])  # a redraw
     file = {"path": named, "meta": {"_type": "gradio.FileData"}}
     sent = [file if number == box else boxes[number].get("value") for number in event["inputs"]]
     message = {"data": sent, "fn_index": event["id"], "session_hash": "stranger"}

@@ -238,6 +238,29 @@ def test_two_visitors_take_turns(visitor: Visitor, browser: Any, address: str) -
     second.leave()
 
 
+def test_a_full_queue_is_told(browser: Any) -> None:
+    with web_page("limits.max_waiting=1") as (address, _):
+        visitors = [Visitor(browser, address) for _ in range(3)]
+        for visitor in visitors:
+            visitor.tab.locator("#examples button").first.click()
+            visitor.says("Ready")
+        first, second, third = visitors
+        first.ask_for_long_captions()
+        first.start()
+        first.writes()
+        second.start()
+        second.says("Waiting for its turn")
+        third.start()
+        third.says("Too many captions wait")
+        first.tab.locator("button#cancel").click()
+        second.waits_for_caption()
+        third.start()
+        third.waits_for_caption()
+        for visitor in visitors:
+            assert visitor.complaints == []
+            visitor.leave()
+
+
 def test_a_broken_file_is_refused_in_words(visitor: Visitor, tmp_path: Path) -> None:
     for name, content in (("broken.mp4", (MEDIA / CLIP.file).read_bytes()[:9000]), ("notes.txt", b"no picture")):
         (tmp_path / name).write_bytes(content)

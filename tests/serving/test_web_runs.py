@@ -119,14 +119,14 @@ def test_a_run_that_is_cancelled_while_it_encodes_generates_nothing(loaded):
 
 def test_sessions_are_apart_and_time_is_bounded():
     sessions = Sessions()
-    sessions.begin("a")
-    sessions.begin("b")
+    assert sessions.begin("a", 1)
+    assert sessions.begin("b", 1)
+    assert not sessions.begin("c", 1)
     first, second = sessions.stopper("a", 60), sessions.stopper("b", 60)
     assert sessions.cancel("a")
     assert (first(), second()) == ("cancelled", "")
     assert sessions.busy("a")
-    assert sessions.end("a")
-    assert not sessions.end("a")
+    sessions.end("a")
     assert not sessions.busy("a")
     assert not sessions.cancel("a")
     assert sessions.cancel("b", "moved on")
