@@ -175,9 +175,11 @@ class Page:
 
         cleared = self.file.change(self.clear, self.file, results, **quick)
         cleared.then(self.look, settings, [self.status, *self.maps], trigger_mode="always_last", **model_runs)
-        moved = [slider.release for slider in (*self.ratios, *self.budgets, self.frames)]
-        changed = [box.change for box in (self.amount, self.compare, self.schedule, self.aspect, self.model)]
-        gr.on(moved + changed, self.look, settings, [self.status, *self.maps], trigger_mode="always_last", **model_runs)
+        # Not `release` of the sliders: the keyboard does not release them.
+        drawn_by = (*self.ratios, *self.budgets, self.frames, self.amount, self.compare, self.schedule, self.aspect,
+                    self.model)  # fmt: skip
+        gr.on([box.change for box in drawn_by], self.look, settings, [self.status, *self.maps],
+              trigger_mode="always_last", **model_runs)  # fmt: skip
 
         self.examples.select(self.take_example, None, self.file, **quick)
         gr.on([self.amount.change, self.compare.change], self.show_sliders, [self.amount, self.compare],

@@ -165,6 +165,9 @@ def test_the_map_follows_the_ratio(visitor: Visitor) -> None:
     visitor.tab.wait_for_function(
         "getComputedStyle(document.querySelector('#map-a figure:hover img.merged')).opacity === '0'"
     )
+    track.focus()
+    visitor.tab.keyboard.press("Home")
+    visitor.map_says("kept ratio 0.05")
     visitor.tab.get_by_label("budget of the clip").check()
     visitor.map_says("budget 512: 512 of 1,152")
     visitor.type_number("budget-a", 256)
