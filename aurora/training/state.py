@@ -9,10 +9,11 @@ that name is always complete: what is being written is called `.writing-*` until
 
 import fcntl
 import json
+import pickle
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,7 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException as _ShardError
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -136,8 +138,13 @@ def lock_folder(folder: Path) -> IO[str]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """Return `state.json` of the checkpoint at `path`."""
-    state: dict[str, Any] = json.loads((path / "state.json").read_text())
+    """Return `state.json` of the checkpoint at `path`.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    with _damage_named(path):
+        state: dict[str, Any] = json.loads((path / "state.json").read_text())
     return state
 
 
@@ -147,8 +154,15 @@ def load_weights(path: Path, *, averaged: bool = False) -> dict[str, Tensor]:
     Args:
         path: Of one process or of sharding ranks.
         averaged: Take the averaged weights where the run kept any.
+
+    Raises:
+        ValueError: if the checkpoint is damaged.
     """
-    kinds = ("model", "average") if averaged else ("model",)
+    with _damage_named(path):
+        return _read_weights(path, ("model", "average") if averaged else ("model",))
+
+
+def _read_weights(path: Path, kinds: Sequence[str]) -> dict[str, Tensor]:
     if not (path / _SHARDS).is_dir():
         parts = [load_file(path / _FILES[kind]) for kind in kinds if (path / _FILES[kind]).exists()]
         return {name: tensor for part in parts for name, tensor in part.items()}
@@ -172,18 +186,19 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: Optimizer, average:
         average: Of the same; None where none is kept.
 
     Raises:
-        ValueError: if the tensors are not those of this model and its trainable parameters.
+        ValueError: if the tensors are not those of this model and its trainable parameters, or files are damaged.
     """
     _add_moments(optimizer)
     tensors = _state_tensors(model, optimizer, average)
     sharded = (path / _SHARDS).is_dir()
-    stored = set(_stored_shards(path / _SHARDS)) if sharded else _stored_files(path)
+    with _damage_named(path):
+        stored = set(_stored_shards(path / _SHARDS)) if sharded else _stored_files(path)
     differing = sorted(key for key in stored ^ set(tensors) if not key.startswith("average/") or average is not None)
     if differing:
         what = "optimizer state and trainable parameters" if differing[0][0] == "o" else "its tensors and the model's"
         names = [key.partition("/")[2] for key in differing[:4]]
         raise ValueError(f"{path}: {what} differ in {names}: want equal sets")
-    with torch.no_grad():
+    with torch.no_grad(), _damage_named(path):
         if sharded:
             _load_shards(tensors, path / _SHARDS, alone=not dist.is_initialized())
         else:
@@ -228,7 +243,7 @@ def _is_sharded(model: nn.Module) -> bool:
 def _stored_files(path: Path) -> set[str]:
     found: set[str] = set()
     for kind, name in _FILES.items():
-        if (path / name).exists():
+        if kind != "average" or (path / name).exists():
             with safe_open(path / name, framework="pt") as file:
                 found.update(f"{kind}/{key}" for key in file.keys())  # noqa: SIM118 - not a dictionary
     return found
@@ -270,6 +285,18 @@ def _stored_shards(folder: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     return dict(FileSystemReader(str(folder)).read_metadata().state_dict_metadata)
+
+
+@contextmanager
+def _damage_named(path: Path) -> Iterator[None]:
+    """Say which checkpoint cannot be read, and what to do about it."""
+    try:
+        yield
+    except (SafetensorError, OSError, EOFError, pickle.UnpicklingError, json.JSONDecodeError, _ShardError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path}: damaged ({reason}); want its files as they were, or remove it to go on from the one before"
+        ) from None
 
 
 @contextmanager

@@ -221,6 +221,19 @@ def test_each_group_gets_its_share_of_the_rate() -> None:
     assert found == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str, damage: str) -> None:
+    finish(tmp_path, 2)
+    file = checkpoint_path(tmp_path, 2) / name
+    if damage == "cut":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        file.unlink()
+    with pytest.raises(ValueError, match=r"step_0000002: damaged \(.*\); want its files as they were, or remove it"):
+        finish(tmp_path)
+
+
 def test_a_folder_that_was_copied_resumes(tmp_path: Path) -> None:
     whole = finish(tmp_path / "whole")
     finish(tmp_path / "run", 2)

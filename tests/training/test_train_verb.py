@@ -252,16 +252,17 @@ def test_slurm_composes_and_gives_ranks(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_ctrl_c_and_the_same_command_again(tmp_path: Path) -> None:
     config = recipe_of(tmp_path, "language")
     settings = ("stages.finetune.checkpoint_every=5", "stages.finetune.log_every=1", "stages.finetune.num_steps=400")
     process = run_verb(config, *settings)
     folder = Path(config.run_dir) / "finetune"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not checkpoint_steps(folder) and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=240)
     assert process.returncode == 130, err
     kept = checkpoint_steps(folder)[-1]
     assert err.splitlines() == [
@@ -293,6 +294,7 @@ def test_torchrun_with_two_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # compiling takes minutes on a machine with other work
 def test_compiled_layers_learn_the_same(tmp_path: Path) -> None:
     curves = []
     for compiled in (False, True):
