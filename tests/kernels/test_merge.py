@@ -193,10 +193,11 @@ def test_large_sizes_do_not_overflow_in_half_precision() -> None:
     assert size.flatten().tolist() == [1.0, 500.0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
-def test_a_group_is_summed_from_its_destination_on_and_by_rank(backend: str) -> None:
-    # In float32, ((1 - 1e8) + 1e8) + 5 is 5; sources first, or in another order, it is something else.
-    x = torch.tensor([1e8, 1.0, -1e8, 0.0, 5.0, 0.0, 7.0], device=DEVICE).view(1, 7, 1)
+def test_a_group_is_summed_from_its_destination_on_and_by_rank(backend: str, dtype: torch.dtype) -> None:
+    # In float32, ((1 - 2**27) + 2**27) + 5 is 5; sources first, or in another order, it is something else.
+    x = torch.tensor([2.0**27, 1.0, -(2.0**27), 0.0, 5.0, 0.0, 7.0], device=DEVICE, dtype=dtype).view(1, 7, 1)
     match = Matching(
         unmerged_idx=torch.tensor([[3]], device=DEVICE),
         src_idx=torch.tensor([[1, 0, 2]], device=DEVICE),
@@ -207,6 +208,28 @@ def test_a_group_is_summed_from_its_destination_on_and_by_rank(backend: str) -> 
     merged, size = merge_tokens(x, torch.ones(1, 7, 1, device=DEVICE), match, backend=backend)
     assert merged[0, :, 0].tolist() == [7.0, 1.25, 0.0, 0.0]
     assert size[0, :, 0].tolist() == [1.0, 4.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
+def test_a_large_group_keeps_its_order(backend: str, dtype: torch.dtype) -> None:
+    # 2**30 absorbs every one before the -2**30 comes, so the sum counts those behind it; a sort of many may mix them.
+    num_tokens, r = 301, 63
+    ranks = torch.randperm(151, generator=torch.Generator().manual_seed(0))
+    match = Matching(
+        unmerged_idx=ranks[r:].sort().values[None].to(DEVICE),
+        src_idx=ranks[None, :r].to(DEVICE),
+        dst_idx=torch.full((1, r), 77, device=DEVICE),
+        scores=torch.ones(1, r, device=DEVICE),
+        num_tokens=num_tokens,
+    )
+    for place in (0, 20, 62):
+        x = torch.ones(1, num_tokens, 1, dtype=dtype)
+        x[0, 2 * 77 + 1], x[0, 2 * int(ranks[place])] = 2.0**30, -(2.0**30)
+        merged, size = merge_tokens(x.to(DEVICE), torch.ones(1, num_tokens, 1, device=DEVICE), match, backend=backend)
+        at = 151 - r + 77
+        assert size[0, at, 0] == 64
+        assert merged[0, at, 0] == (62 - place) / 64
 
 
 def test_sizes_stay_exact_in_bfloat16() -> None:
