@@ -181,12 +181,13 @@ class ConversationTask:
         return {"loss": total / count}
 
     def samples(self) -> list[str]:
-        """Answer the first questions of held-out conversations greedily."""
+        """Answer the first questions of held-out conversations greedily; each answer stands behind its `file:line`."""
         if self._held_out is None:
             return []
         count = min(self._validation.num_captions, len(self._held_out))
         with gathered(self._learner):
-            return [self._answer(self._held_out[index]) for index in range(count)]
+            shown = [self._held_out[index] for index in range(count)]
+            return [f"{sample.where}: {self._answer(sample)}" for sample in shown]
 
     def _answer(self, sample: Sample) -> str:
         first = next(i for i, label in enumerate(sample.labels) if label != IGNORE_INDEX)

@@ -218,7 +218,9 @@ def test_validation_writes_losses_and_answers(trained: TrainConfig) -> None:
     lines = [json.loads(line) for line in (Path(trained.run_dir) / "language" / "curve.jsonl").read_text().splitlines()]
     assert [row["step"] for row in lines if "val/loss" in row] == [2, 4]
     answers = [row["captions"] for row in lines if "captions" in row]
-    assert [len(texts) for texts in answers] == [2, 2]
+    places = [f"{trained.data.path}:{line}: " for line in (1, 2)]
+    assert all(text.startswith(place) for texts in answers for text, place in zip(texts, places, strict=True))
+    assert len(answers) == 2
     for row in (row for row in lines if "loss" in row):
         assert row["tokens_per_s"] > row["visual_tokens_per_s"] >= 0
         assert row["tflops_per_s"] > 0
