@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
+from typing import NamedTuple
 
 import torch
 from rich.console import Console
@@ -46,6 +47,14 @@ LEARNING_SIDES = (PEER, UNMERGED, MERGED, "0.1 constant")
 NUM_SEEDS = 3
 _PRECISIONS = {torch.float32: Precision.fp32, torch.bfloat16: Precision.bf16}
 Tell = Callable[[str], None]
+
+
+class _Seconds(NamedTuple):
+    """What each step of a side took."""
+
+    wall: list[float]
+    cpu: list[float]
+    """Processor time of all threads, which a busy machine changes less."""
 
 
 def run(config: BenchmarkConfig) -> Iterator[Row]:
@@ -168,7 +177,7 @@ def measure_learning(
     has_peer = importlib.util.find_spec("transformers") is not None
     sides = LEARNING_SIDES if has_peer else LEARNING_SIDES[1:]
     held_out = list(islice(batches(CASES[name], "val", device), num_held_out))
-    samples: dict[str, list[float]] = {side: [] for side in sides}
+    samples = {side: _Seconds([], []) for side in sides}
     losses: dict[str, list[float]] = {side: [] for side in sides}
     tokens: list[int] = []
     before = torch.get_num_threads()
@@ -193,7 +202,7 @@ def _take_steps(
     data: Iterator[Batch],
     num_steps: int,
     schedule: OptimConfig,
-    samples: dict[str, list[float]],
+    samples: Mapping[str, _Seconds],
     device: torch.device,
 ) -> list[int]:
     """Train all sides, adding each step's seconds to `samples`; returns the text tokens of each batch."""
@@ -204,11 +213,12 @@ def _take_steps(
         turn = next(turns)
         for side in names[turn:] + names[:turn]:
             set_learning_rate(trainers[side].optimizer, number, num_steps, schedule)
-            start = time.perf_counter()
+            start, cpu_start = time.perf_counter(), time.process_time()
             trainers[side].step(batch)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            samples[side].append(time.perf_counter() - start)
+            samples[side].wall.append(time.perf_counter() - start)
+            samples[side].cpu.append(time.process_time() - cpu_start)
         tokens.append(int(batch.attention_mask.sum()))
     return tokens
 
@@ -217,19 +227,22 @@ def _learning_row(
     name: str,
     side: str,
     peer: str,
-    samples: Mapping[str, list[float]],
+    samples: Mapping[str, _Seconds],
     losses: Mapping[str, list[float]],
     tokens: Sequence[int],
     precision: Precision,
     device: torch.device,
 ) -> Row:
     # Steps differ in length, so rates are of all steps together but for the first of a seed, which warm up.
-    rate = {key: _rate(values, tokens) for key, values in samples.items()}
+    rate = {key: _rate(seconds.wall, tokens) for key, seconds in samples.items()}
     peak = peak_bytes(name, side, precision, device)
-    p20, p50, p80 = percentiles([1e3 * seconds for seconds in samples[side]])
+    p20, p50, p80 = percentiles([1e3 * seconds for seconds in samples[side].wall])
     row: Row = {"op": f"training of a tiny LLaVA, {len(tokens) // NUM_SEEDS} steps x {NUM_SEEDS} seeds", "side": side}
     row |= {"precision": precision.value, "visual_tokens": _visual_tokens(name, side)}
     row |= {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "text_tokens_s": rate[side], "ratio": rate[side] / rate[peer]}
+    if device.type == "cpu":
+        row["cpu_ms"] = percentiles([1e3 * seconds for seconds in samples[side].cpu])[1]
+        row["cpu_ratio"] = _rate(samples[side].cpu, tokens) / _rate(samples[peer].cpu, tokens)
     row |= {
         "peak_mib": peak and peak / 2**20,
         "loss": statistics.fmean(losses[side]),

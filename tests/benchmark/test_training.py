@@ -83,7 +83,8 @@ def test_rows_of_kept_ratios() -> None:
 def test_rows_of_learning() -> None:
     rows = {row["side"]: row for row in measure_learning(**QUICK)}
     assert tuple(rows) == LEARNING_SIDES
-    assert rows[PEER]["ratio"] == 1
+    assert rows[PEER]["ratio"] == rows[PEER]["cpu_ratio"] == 1
+    assert all(row["cpu_ms"] > 0 for row in rows.values())
     assert rows[UNMERGED]["losses"] == pytest.approx(rows[PEER]["losses"], abs=2e-4)
     assert abs(rows[UNMERGED]["standard_errors"]) < 0.1
     assert rows[MERGED]["losses"] != rows[PEER]["losses"]
