@@ -124,7 +124,7 @@ def killed_and_resumed(
             patch.syspath_prepend(Path(__file__).parents[2])
             process = server.Process(target=run_and_die, args=(config, point, count))
             process.start()
-        process.join(240)  # seconds on an idle machine
+        process.join(240)  # it takes seconds on an idle machine
         assert process.exitcode == -signal.SIGKILL, f"{point} was called less than {count} times"
         for step in checkpoint_steps(Path(config.run_dir) / name):
             load_weights(state.checkpoint_path(Path(config.run_dir) / name, step))  # a whole one

@@ -282,7 +282,15 @@ def test_ctrl_c_and_the_same_command_again(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_torchrun_with_two_processes(tmp_path: Path) -> None:
     config = recipe_of(tmp_path, "language")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "scripts/train.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "scripts/train.py",
+    ]
     command += ["experiment=finetune", f"run_dir={config.run_dir}", f"model_path={config.model_path}", "device=cpu"]
     command += [f"data.path={config.data.path}", "stages.finetune.num_steps=6", "stages.finetune.parallel=fsdp"]
     command += [f"export_dir={tmp_path}/model", "stages.finetune.log_every=1"]
