@@ -26,7 +26,16 @@ from aurora.training.export import export_checkpoint, export_model
 from aurora.training.logger import CURVE_FILE
 from aurora.training.loop import Task, is_finished, plain, run_stage, scaled_steps
 from aurora.training.plan import format_plan, memory_plan
-from aurora.training.state import checkpoint_path, checkpoint_steps, latest_checkpoint, lock_folder, read_state
+from aurora.training.state import (
+    LOCK_FILE,
+    checkpoint_path,
+    checkpoint_steps,
+    latest_checkpoint,
+    lock_folder,
+    read_state,
+)
+
+_CONFIG_FILE = "config.json"
 
 
 def train(config: TrainConfig) -> None:
@@ -212,11 +221,12 @@ def _start_run(config: TrainConfig) -> IO[str]:
     """
     run_dir = Path(config.run_dir)
     try:
-        if not config.resume and run_dir.exists() and any(run_dir.iterdir()):
+        found = {entry.name for entry in run_dir.iterdir()} if run_dir.exists() else set()
+        if not config.resume and found - {_CONFIG_FILE, LOCK_FILE}:  # these are left by a run whose data had mistakes
             raise ValueError(f"run_dir={config.run_dir}: holds a run; want resume=true or an empty folder")
         run_dir.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(run_dir)
-        (run_dir / "config.json").write_text(json.dumps(plain(asdict(config)), indent=1) + "\n")
+        (run_dir / _CONFIG_FILE).write_text(json.dumps(plain(asdict(config)), indent=1) + "\n")
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"run_dir={config.run_dir}: cannot write there ({reason}); want a folder with room") from None

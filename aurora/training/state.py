@@ -31,6 +31,8 @@ from aurora.checkpoint.store import sync
 from aurora.training.distributed import World
 from aurora.training.ema import WeightAverage
 
+LOCK_FILE = ".lock"
+"""Held by the run that writes in a folder."""
 _STEP_NAME = re.compile(r"step_(\d{7,})")
 _RNG_KEY = "rng.torch"
 _SHARDS = "shards"
@@ -126,7 +128,7 @@ def lock_folder(folder: Path) -> IO[str]:
     Raises:
         ValueError: if another run holds it.
     """
-    lock = (folder / ".lock").open("a")
+    lock = (folder / LOCK_FILE).open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

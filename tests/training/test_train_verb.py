@@ -179,6 +179,15 @@ def test_a_run_is_continued_as_itself_alone(tmp_path: Path) -> None:
     assert checkpoint_steps(Path(config.run_dir) / "pretrain") == [2, 3]
 
 
+def test_a_run_that_never_began_does_not_count_as_one(tmp_path: Path) -> None:
+    config = replace(recipe_of(tmp_path, "pretrain", num_steps=2), resume=False)
+    with pytest.raises(ValueError, match="no such file"):
+        train(replace(config, data=replace(config.data, path=str(tmp_path / "nowhere.jsonl"))))
+    train(config)
+    with pytest.raises(ValueError, match=r"holds a run; want resume=true or an empty folder"):
+        train(config)
+
+
 def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
     config = recipe_of(tmp_path, "pretrain", num_steps=2)
     Path(config.run_dir).mkdir()
@@ -193,7 +202,7 @@ def test_two_runs_in_one_folder_are_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     config = recipe_of(tmp_path, "pretrain", num_steps=2)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"run_dir=.*file: cannot write there \(File exists\); want a folder"):
+    with pytest.raises(ValueError, match=r"run_dir=.*file: cannot write there \(Not a directory\); want a folder"):
         train(replace(config, run_dir=str(tmp_path / "file")))
 
 
