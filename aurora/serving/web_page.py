@@ -176,8 +176,9 @@ class Page:
         cleared = self.file.change(self.clear, self.file, results, **quick)
         cleared.then(self.look, settings, [self.status, *self.maps], trigger_mode="always_last", **model_runs)
         # Not `release` of the sliders: the keyboard does not release them.
-        drawn_by = (*self.ratios, *self.budgets, self.frames, self.amount, self.compare, self.schedule, self.aspect,
-                    self.model)  # fmt: skip
+        drawn_by: tuple[Any, ...] = (
+            *self.ratios, *self.budgets, self.frames, self.amount, self.compare, self.schedule, self.aspect, self.model,
+        )  # fmt: skip
         gr.on([box.change for box in drawn_by], self.look, settings, [self.status, *self.maps],
               trigger_mode="always_last", **model_runs)  # fmt: skip
 
