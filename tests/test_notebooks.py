@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import shutil
 import time
 from pathlib import Path
@@ -82,6 +83,19 @@ def test_it_imports_aurora_and_defines_no_model_code(path: Path) -> None:
     assert any(module.startswith("aurora") for module in modules)
     assert not {module for module in modules if module.startswith(("torch.nn", "matplotlib"))}
     assert not [node for node in nodes if isinstance(node, ast.Attribute) and node.attr in ("nn", "savefig")]
+
+
+@every_notebook
+def test_what_it_imports_of_aurora_exists(path: Path) -> None:
+    """So that a name that moves is noticed before the slow tests."""
+    nodes = [node for code in codes(path) for node in ast.walk(ast.parse(code)) if isinstance(node, ast.ImportFrom)]
+    for node in nodes:
+        if node.module is not None and node.module.startswith("aurora"):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or importlib.util.find_spec(f"{node.module}.{alias.name}"), (
+                    alias.name
+                )
 
 
 @every_notebook
