@@ -4,6 +4,7 @@ import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch loads: tests run side by side
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +19,10 @@ if not torch.cuda.is_available():
 def goldens() -> Path:
     """Folder of tensors and tables computed with the original code."""
     return Path(__file__).parent / "goldens"
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Verbs set the threads of their process, which is this one; other sums would then round otherwise."""
+    yield
+    torch.set_num_threads(1)
