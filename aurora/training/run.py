@@ -105,8 +105,9 @@ def _train_pending(config: TrainConfig, world: World) -> None:
     """Run what is not finished of a recipe of conversations."""
     pending = _pending(config)
     if world.is_main:
-        for name in (name for name in config.parts or config.stages if name not in pending):
-            _say_finished(config, name)
+        for name in config.parts or config.stages:
+            if name not in pending:
+                _say_finished(config, name)
     for name in pending:
         ranks = min(config.stages[name].max_ranks, config.workers)
         if world.size == 1 and ranks > 1 and not launched_by_torchrun():
