@@ -56,6 +56,23 @@ def test_the_model_card_and_the_readme_state_these_numbers():
         assert f"{accuracy:.1f} ({low:.1f}-{high:.1f})" in readme
 
 
+def test_a_second_run_of_the_recipe_is_within_three_points_and_the_card_states_it():
+    shipped, second = (
+        {point["name"]: 100 * point["scores"]["mean"]["accuracy"] for point in read(name)["points"]}
+        for name in ("tinyvdc_cpu.json", "tinyvdc_cpu_second_run.json")
+    )
+    assert shipped.keys() == second.keys()
+    assert all(abs(shipped[name] - second[name]) <= 3 for name in shipped)
+    assert read("tinyvdc_cpu_second_run.json")["settings"]["model_sha256"] != checkpoint_digest(BUNDLED_MODEL)
+    card = (BUNDLED_MODEL / "README.md").read_text(encoding="utf-8")
+    for label, means in (("shipped", shipped), ("second run", second)):
+        cells = " | ".join(f"{mean:.1f}" for mean in means.values())
+        assert f"| {label} | {cells} |" in card
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    unmerged, few = second["unmerged"], second["exact 0.1"]
+    assert f"{unmerged:.1f} % of the facts rightly unmerged and {few:.1f} % at 14 tokens" in readme
+
+
 def test_the_sweep_is_the_whole_one_and_its_page_and_the_readme_say_what_it_found():
     record = read("sweep_cpu.json")
     assert (record["num_seeds"], record["num_clips"]) == (3, 150)
