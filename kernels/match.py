@@ -18,6 +18,7 @@ from torch import Tensor
 
 from aurora.kernels.common import dtype_reason, on_device
 from aurora.kernels.dispatch import choose
+from aurora.kernels.linear import scores as token_scores
 
 MAX_METRIC_WIDTH = 256
 """Widest metric a kernel takes: a tile of tokens has to fit into registers."""
@@ -111,14 +112,14 @@ def match_reference(metric: Tensor, r: int, *, class_token: bool) -> Matching:
     """
     num_tokens = metric.shape[1]
     metric = metric.float()
-    metric = metric / metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
-    even, odd = metric[:, ::2], metric[:, 1::2]
+    norm = metric.norm(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    even, odd = metric[:, ::2] / norm[:, ::2], metric[:, 1::2] / norm[:, 1::2]
     if num_tokens < 2:  # nothing to match against
         rank = torch.arange(even.shape[1], device=metric.device).expand(metric.shape[0], -1)
         nothing = rank[:, :0]
         return Matching(rank, nothing, nothing, metric.new_zeros(nothing.shape), num_tokens)
     with torch.autocast(metric.device.type, enabled=False):  # would round the scores to bfloat16
-        scores = even @ odd.transpose(1, 2)  # (B, A, N - A)
+        scores = token_scores(even, odd)  # (B, A, N - A)
     best = scores.amax(dim=-1)  # (B, A)
     if class_token:
         best[:, 0] = -torch.inf

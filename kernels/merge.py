@@ -195,21 +195,27 @@ def _merge_in_bags(x: Tensor, size: Tensor, unmerged: Tensor, src: Tensor, dst: 
     The weights are s_i / S_d, so the division is rounded before the sum and not behind it; a copy is still exact.
     """
     rows, num_tokens, width = x.shape
-    num_kept, num_out = unmerged.shape[1], num_tokens - src.shape[1]
+    num_kept, r = unmerged.shape[1], src.shape[1]
+    num_out = num_tokens - r
     odd, out = torch.arange(1, num_tokens, 2), torch.arange(num_out)
-    tokens = torch.cat([2 * unmerged, odd.expand(rows, -1), 2 * src], dim=1)  # (B, N)
-    # Stable: in each bag the B token stays first, its sources stay by rank.
-    position, order = torch.cat([out.expand(rows, -1), num_kept + dst], dim=1).sort(dim=1, stable=True)
-    tokens = tokens.gather(1, order)
-    token_size = size[..., 0].gather(1, tokens)
-    out_size = token_size.new_zeros(rows, num_out).scatter_add_(1, position, token_size)
-    share = token_size.to(x.dtype) / out_size.gather(1, position).to(x.dtype)  # 1 where nothing merges
-    count = position.new_zeros(rows, num_out).scatter_add_(1, position, torch.ones_like(position))
+    first = torch.cat([2 * unmerged, odd.expand(rows, -1)], dim=1)  # (B, N - R): what each bag begins with
+    into, order = dst.sort(dim=1, stable=True)  # sources of one token stay by rank
+    source, place = (2 * src).gather(1, order), num_kept + into  # (B, R)
+    # The bags lie one behind the other, so the k-th source has place + 1 first tokens and k sources before it.
+    start = out + torch.searchsorted(place, out.expand(rows, -1).contiguous())  # (B, N - R)
+    slot = place + torch.arange(1, r + 1)
+    first_size, source_size = size[..., 0].gather(1, first), size[..., 0].gather(1, source)
+    out_size = first_size.scatter_add(1, place, source_size)
+
+    tokens = first.new_empty(rows, num_tokens).scatter_(1, start, first).scatter_(1, slot, source)
+    precise = out_size.to(x.dtype)
+    share = x.new_empty(rows, num_tokens).scatter_(1, start, first_size.to(x.dtype) / precise)  # 1 where none merges
+    share.scatter_(1, slot, source_size.to(x.dtype) / precise.gather(1, place))
     row = num_tokens * torch.arange(rows)[:, None]
     merged = F.embedding_bag(
         (tokens + row).flatten(),
         x.reshape(rows * num_tokens, width),
-        (count.cumsum(dim=1) - count + row).flatten(),
+        (start + row).flatten(),
         mode="sum",
         per_sample_weights=share.flatten(),
     )

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from aurora.model.linear import Linear
 from aurora.model.vision import Activation, activate
 
 
@@ -21,8 +22,8 @@ class Projector(nn.Module):
     def __init__(self, vision_size: int, text_size: int, config: ProjectorConfig) -> None:
         super().__init__()
         self.activation = config.hidden_act
-        self.linear_1 = nn.Linear(vision_size, text_size)
-        self.linear_2 = nn.Linear(text_size, text_size)
+        self.linear_1 = Linear(vision_size, text_size)
+        self.linear_2 = Linear(text_size, text_size)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map visual tokens (..., C_vision) to (..., C_text)."""
