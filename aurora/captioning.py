@@ -346,14 +346,14 @@ def caption(config: CaptionConfig) -> list[dict[str, Any]]:
         FileNotFoundError: if there is no input.
     """
     files = find_inputs(config.visual_input)
-    shared = _shared_columns(config)
+    shared = shared_columns(config)
     with ExitStack() as stack:
         log = None
         if config.output is not None:
             if Path(config.output).expanduser().resolve() in {file.resolve() for file in files}:
                 raise ValueError(f"output={config.output}: is one of the inputs, want another file")
             log = stack.enter_context(JsonLines(config.output, overwrite=config.overwrite))
-        todo = _not_done(files, log, shared)
+        todo = not_done(files, [] if log is None else log.rows, shared)
         if len(todo) < len(files):
             print(f"{len(files) - len(todo)} of {len(files)} are in {config.output} already", file=sys.stderr)
         if not todo:
@@ -452,7 +452,7 @@ class _Typewriter:
         print(known, end="", flush=True)
 
 
-def _shared_columns(config: CaptionConfig) -> dict[str, Any]:
+def shared_columns(config: CaptionConfig) -> dict[str, Any]:
     """Settings that the captions depend on, as they stand in each row."""
     merge = _columns(config.effective_merge)
     return {
@@ -477,8 +477,16 @@ def _columns(merge: MergeConfig) -> dict[str, Any]:
     return {key: value.value if isinstance(value, Enum) else value for key, value in values.items()}
 
 
-def _not_done(files: Sequence[Path], log: JsonLines | None, shared: dict[str, Any]) -> list[Path]:
-    """Leave out the files that have a caption with the same settings."""
-    rows = log.rows if log is not None else []
+def not_done(files: Sequence[Path], rows: Sequence[dict[str, Any]], shared: dict[str, Any]) -> list[Path]:
+    """Leave out the files that have a caption with the same settings.
+
+    Args:
+        files: All.
+        rows: Of earlier runs.
+        shared: From `shared_columns`.
+
+    Returns:
+        What is left to do, in order.
+    """
     done = {row.get("file") for row in rows if "caption" in row and all(row.get(key) == shared[key] for key in shared)}
     return [file for file in files if str(file) not in done]

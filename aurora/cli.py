@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 # Verb -> the module whose `main` it is, and what it does.
 VERBS = {
     "caption": ("aurora.captioning", "describe images and videos: a file, a folder or a glob"),
+    "corpus": ("aurora.serving.corpus", "caption a large collection with several workers, or on a Ray cluster"),
     "visualize": (
         "aurora.visualization.visualize",
         "draw, animate or explore which patches merged",
@@ -38,6 +39,7 @@ VERBS = {
     "train": ("aurora.training.run", "train a model by a recipe, such as experiment=aurora_tiny"),
     "benchmark": ("aurora.benchmark.run", "time kernels, the encoder, decoding or training against their alternatives"),
     "web": ("aurora.serving.web", "open a page that captions images and videos"),
+    "serve": ("aurora.serving.api", "answer clients of OpenAI's chat completions over HTTP"),
     "convert": ("aurora.conversion", "write a checkpoint in another layout"),
     "prepare": ("aurora.data.prepare", "check a dataset of conversations and tokenise it for training"),
     "tinyworld": ("aurora.data.tinyworld.command", "render clips of the synthetic world with captions and questions"),

@@ -1,13 +1,17 @@
-"""Results as JSON lines: one object per line, on disk as soon as it exists, so that a killed run loses nothing."""
+"""Results as JSON lines: one object per line, on disk as soon as it exists, so that a killed run loses nothing.
+
+And a lock, for files that one run at a time may write.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 
 class JsonLines:
@@ -35,7 +39,7 @@ class JsonLines:
         self.rows: list[dict[str, Any]] = []
         complete = 0
         if self.path.exists():
-            complete = self._read()
+            self.rows, complete = _parse(self.path)
         if overwrite:
             self.rows, complete = [], 0
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,20 +70,51 @@ class JsonLines:
     ) -> None:
         self._file.close()
 
-    def _read(self) -> int:
-        """Read the rows there are; return the number of bytes that are complete lines."""
-        content = self.path.read_bytes()
-        *lines, tail = content.split(b"\n")
-        for number, line in enumerate(lines, start=1):
-            row = _as_object(line)
-            if row is None:
-                raise ValueError(
-                    f"output={self.path}, line {number}: got {line[:40]!r}, want a JSON object on each line"
-                )
-            self.rows.append(row)
-        if tail and not tail.startswith(b"{"):
-            raise ValueError(f"output={self.path}: got {tail[:40]!r} as last line, want JSON lines or a new file")
-        return len(content) - len(tail)
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file that `JsonLines` wrote, without a last line cut in half; none if it is missing.
+
+    Raises:
+        ValueError: if the file holds something other than JSON lines.
+    """
+    return _parse(path)[0] if path.exists() else []
+
+
+def lock_file(path: Path, what: str) -> IO[str]:
+    """Keep others out until the file returned is closed, or this process ends in any way.
+
+    Args:
+        path: The lock; made if it is missing.
+        what: What it guards, for the message, such as `run_dir=outputs/a`.
+
+    Raises:
+        ValueError: if another process holds it.
+    """
+    lock = path.open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        setting = what.partition("=")[0]
+        raise ValueError(f"{what}: another run writes there now; want its end, or another {setting}") from None
+    except OSError:
+        pass  # a file system without locks
+    return lock
+
+
+def _parse(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """The rows there are, and the number of bytes that are complete lines."""
+    rows = []
+    content = path.read_bytes()
+    *lines, tail = content.split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        row = _as_object(line)
+        if row is None:
+            raise ValueError(f"output={path}, line {number}: got {line[:40]!r}, want a JSON object on each line")
+        rows.append(row)
+    if tail and not tail.startswith(b"{"):
+        raise ValueError(f"output={path}: got {tail[:40]!r} as last line, want JSON lines or a new file")
+    return rows, len(content) - len(tail)
 
 
 def _as_object(line: bytes) -> dict[str, Any] | None:

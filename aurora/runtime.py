@@ -104,11 +104,16 @@ def set_threads(threads: int = 0) -> int:
     if threads == 0:
         if os.environ.get("OMP_NUM_THREADS", "").isdigit():
             return torch.get_num_threads()
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = num_cores()
         busy = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         threads = max(1, cores - round(busy))
     torch.set_num_threads(threads)
     return threads
+
+
+def num_cores() -> int:
+    """Count the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def seed_everything(seed: int) -> None:
@@ -129,6 +134,25 @@ def describe_error(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         text = f"{error.filename}: {error.strerror.lower()}"
     return " ".join(text.split()) or type(error).__name__
+
+
+def read_key(setting: str, path: str | None) -> str:
+    """Read a secret from its file.
+
+    Args:
+        setting: Key of the configuration, for messages.
+        path: The file; None gives an empty text.
+
+    Raises:
+        ValueError: if it holds anything but one word.
+        OSError: if it cannot be read.
+    """
+    if path is None:
+        return ""
+    key = Path(path).expanduser().read_text(encoding="utf-8").strip()
+    if not key or not key.isascii() or any(letter.isspace() for letter in key):
+        raise ValueError(f"{setting}={path}: want a file with one key on one line")
+    return key
 
 
 def environment_report() -> dict[str, str]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aurora.benchmark.harness import Row, WrongResultError, compare, num_cores
+from aurora.benchmark.harness import Row, WrongResultError, compare
 from aurora.checkpoint.gguf import load_llama
 from aurora.checkpoint.layouts import ALL_LAYOUTS
 from aurora.checkpoint.quantization import Int8Config
@@ -28,7 +28,7 @@ from aurora.generation.sampling import SamplingConfig
 from aurora.model.captioner import AuroraConfig, AuroraModel
 from aurora.model.llama import Llama, LlamaConfig
 from aurora.model.vision import VisionConfig
-from aurora.runtime import define_missing_torchvision_ops
+from aurora.runtime import define_missing_torchvision_ops, num_cores
 from aurora.training.init import init_llama
 
 SMOLLM2 = LlamaConfig(

@@ -20,14 +20,14 @@ from rich.console import Console
 from torch import Tensor
 
 from aurora.benchmark.config import BenchmarkConfig
-from aurora.benchmark.harness import Row, WrongResultError, compare, expect_close, num_cores
+from aurora.benchmark.harness import Row, WrongResultError, compare, expect_close
 from aurora.benchmark.merging import MERGING, WITHOUT, measure_merging
 from aurora.benchmark.tome import tome_tower
 from aurora.checkpoint.towers import CLIP
 from aurora.model.encoder_graph import EncoderGraphs
 from aurora.model.merge import MergeConfig, MergePlan, Schedule, SizeBias, plan_merge
 from aurora.model.vision import VisionConfig, VisionTower
-from aurora.runtime import define_missing_torchvision_ops, resolve_device, resolve_dtype, seed_everything
+from aurora.runtime import define_missing_torchvision_ops, num_cores, resolve_device, resolve_dtype, seed_everything
 
 RATIOS = (0.5, 0.2, 0.1)
 UNMERGED = "unmerged"

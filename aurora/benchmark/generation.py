@@ -18,7 +18,7 @@ from aurora.benchmark.batching import measure_mixed_batch, measure_shared_prompt
 from aurora.benchmark.config import BenchmarkConfig
 from aurora.benchmark.decode import llama_cpp_rows, measure_decode, smollm2
 from aurora.benchmark.decode_gpu import measure_gpu
-from aurora.benchmark.harness import Row
+from aurora.benchmark.harness import Row, is_met
 from aurora.benchmark.llava import build_captioner, measure_llava
 from aurora.captioning import BUNDLED_MODEL
 from aurora.modeling import AuroraForConditionalGeneration
@@ -46,19 +46,6 @@ def run(config: BenchmarkConfig) -> Iterator[Row]:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def is_met(row: Row) -> bool | None:
-    """Whether a row holds what it says is wanted, such as `ratio >= 4, cost <= 1.6`; None where it was not measured."""
-    met: bool | None = True
-    for clause in str(row["wanted"]).split(", "):
-        name, sign, bound = clause.split()
-        value = row.get(name)
-        if value is None:
-            met = None if met else met
-        elif not (value >= float(bound) if sign == ">=" else value <= float(bound)):
-            met = False
-    return met
 
 
 def _parts(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import operator
 import os
 import platform
 import re
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from aurora.runtime import environment_report
+from aurora.runtime import environment_report, num_cores
 
 Row = dict[str, Any]
 """One line of a table: plain values, ready for JSON."""
@@ -33,6 +34,8 @@ Row = dict[str, Any]
 _resource = importlib.import_module("resource") if importlib.util.find_spec("resource") else None  # not on Windows
 _FLUSH_BYTES = 256 * 2**20
 """More than the L2 cache of any GPU we know (H200: 50 MiB)."""
+
+_SIGNS = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 _TUNING = r"MALLOC_|(OMP_NUM_THREADS|AURORA_KERNELS|TRITON_INTERPRET)$"
 """Environment variables that change a measurement; `MALLOC_TRIM_THRESHOLD_` has glibc keep memory that is freed."""
@@ -146,6 +149,26 @@ def percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
     return low, middle, high
 
 
+def is_met(row: Row) -> bool | None:
+    """Whether a row holds what it says is wanted; None where that was not measured.
+
+    Args:
+        row: With `wanted`, such as `ratio > 1, |standard_errors| < 2`: names of columns, bars for the magnitude.
+
+    Raises:
+        KeyError: for a sign that is not one of < <= > >=.
+    """
+    met: bool | None = True
+    for clause in str(row["wanted"]).split(", "):
+        name, sign, bound = clause.split()
+        value = row.get(name.strip("|"))
+        if value is None:
+            met = None if met else met
+        elif not _SIGNS[sign](abs(value) if name.startswith("|") else value, float(bound)):
+            met = False
+    return met
+
+
 def expect_close(*, atol: float, rtol: float = 0.0) -> Callable[[str, Any, Any], None]:
     """Make a check for `compare`: tensors (or tuples of them) agree with the baseline's.
 
@@ -217,11 +240,6 @@ def cpu_model() -> str:
         return platform.processor() or platform.machine()
     found = re.search(r"^model name\s*:\s*(.+)$", text, flags=re.MULTILINE)
     return found[1].strip() if found else platform.machine()
-
-
-def num_cores() -> int:
-    """Count the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def print_header(report: Mapping[str, Any]) -> None:

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from aurora.benchmark.decode import smollm2
 from aurora.benchmark.encoder import gflop_per_frame
-from aurora.benchmark.harness import Row, WrongResultError, compare, num_cores
+from aurora.benchmark.harness import Row, WrongResultError, compare
 from aurora.checkpoint.pretrained import save_model
 from aurora.model.captioner import AuroraConfig, AuroraModel
 from aurora.model.llama import Llama, LlamaConfig
 from aurora.model.merge import MergeConfig, Schedule, plan_merge
 from aurora.model.vision import Activation, VisionConfig, num_active_layers
 from aurora.modeling import AuroraForConditionalGeneration
-from aurora.runtime import define_missing_torchvision_ops
+from aurora.runtime import define_missing_torchvision_ops, num_cores
 from aurora.training.init import init_tower
 
 VIT_L = VisionConfig(

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 from aurora.benchmark.config import BenchmarkConfig
-from aurora.benchmark.harness import Row, WrongResultError, compare, num_cores, percentiles
+from aurora.benchmark.harness import Row, WrongResultError, compare, is_met, percentiles
 from aurora.benchmark.training_case import (
     CASES,
     FIRST_CLIP,
@@ -35,7 +35,7 @@ from aurora.benchmark.training_worker import build_trainer, peak_bytes
 from aurora.data.collate import Batch
 from aurora.model.merge import MergeConfig, plan_merge
 from aurora.model.vision import num_active_layers
-from aurora.runtime import resolve_device, resolve_dtype
+from aurora.runtime import num_cores, resolve_device, resolve_dtype
 from aurora.training.config import Precision
 from aurora.training.optim import OptimConfig, set_learning_rate
 
@@ -114,7 +114,7 @@ def measure_ratios(
         row["peak_share"] = own / whole if own and whole else None
         if row["side"] != UNMERGED:
             row["wanted"] = "ratio > 1, peak_share < 1"
-            row["met"] = row["ratio"] > 1 and (row["peak_share"] is None or row["peak_share"] < 1)
+            row["met"] = is_met(row)
     return rows
 
 
@@ -251,7 +251,7 @@ def _learning_row(
     row["standard_errors"] = standard_errors(losses[side], losses[peer]) if side != peer else None
     if side == MERGED and peer == PEER:
         row["wanted"] = "ratio >= 1.3, |standard_errors| < 2"
-        row["met"] = row["ratio"] >= 1.3 and abs(row["standard_errors"]) < 2
+        row["met"] = is_met(row)
     return row
 
 

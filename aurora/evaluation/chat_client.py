@@ -16,11 +16,11 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 from aurora.evaluation.judge import JudgeConfig, JudgeFailed, Request
 from aurora.evaluation.reply_cache import ReplyCache, reply_key
+from aurora.runtime import read_key
 
 MAX_RESPONSE_BYTES = 4 << 20
 MAX_REPLY_CHARS = 16_000
@@ -57,7 +57,7 @@ class ChatClient:
         self.counts: Counter[str] = Counter()
         """Of `cached`, `sent`, `answered` and `retried` requests, and those `skipped` after too many failures."""
         self._base = config.url.rstrip("/")
-        self._key = _read_key(config.api_key_file)
+        self._key = read_key("judge.api_key_file", config.api_key_file)
         self._lock = threading.Lock()
         self._turns: dict[str, threading.Lock] = {}
         self._failed_in_a_row = 0
@@ -226,15 +226,6 @@ def _model_name(answer: Any) -> str:
         return str(answer["data"][0]["id"])
     except (TypeError, LookupError):
         raise _Unanswered(f"a list of models without data[0].id ({_excerpt(json.dumps(answer).encode())})") from None
-
-
-def _read_key(path: str | None) -> str:
-    if path is None:
-        return ""
-    key = Path(path).expanduser().read_text(encoding="utf-8").strip()
-    if not key or not key.isascii() or any(char.isspace() for char in key):
-        raise ValueError(f"judge.api_key_file={path}: want a file with one key on one line")
-    return key
 
 
 def _describe(error: Exception) -> str:

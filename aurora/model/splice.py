@@ -55,6 +55,18 @@ class VisualFeatures(NamedTuple):
             [self.merges[clip] for clip in clips],
         )
 
+    @classmethod
+    def join(cls, parts: Sequence[VisualFeatures]) -> VisualFeatures:
+        """Put the clips of several batches behind one another; without the traces."""
+        return cls(
+            [clip for part in parts for clip in part.frames],
+            [plan for part in parts for plan in part.plans],
+            [],
+            [clip for part in parts for clip in part.sizes],
+            [clip for part in parts for clip in part.centres],
+            [merge for part in parts for merge in part.merges],
+        )
+
 
 class Spliced(NamedTuple):
     """Text with the visual tokens in place of their placeholders."""

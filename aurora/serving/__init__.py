@@ -1,1 +1,1 @@
-"""Aurora as a service: the web page."""
+"""Aurora as a service: the web page, and an API that clients of OpenAI's chat completions speak."""

@@ -6,16 +6,11 @@ the environment breaks) and because what it serves beside the page is kept shut 
 
 from __future__ import annotations
 
-import logging
 import os
-import signal
-import socket
-import sys
 import tempfile
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import hydra
@@ -24,12 +19,13 @@ from omegaconf import DictConfig
 from aurora.config import load_config, register_schema
 from aurora.data.bundled import MEDIA
 from aurora.runtime import RuntimeConfig, set_threads
-from aurora.serving.web_runs import BUNDLED, Limits, Models
+from aurora.serving.limits import Limits
+from aurora.serving.listen import LOOPBACK, listen, run_server
+from aurora.serving.web_runs import BUNDLED, Models
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MAX_MESSAGE_BYTES = 2**20
 """Of a request that is no upload."""
 _STORED_UPLOADS = 20
@@ -206,41 +202,13 @@ def serve(config: WebConfig) -> None:
     set_threads(config.threads)
     listed = [BUNDLED if config.model_path is None else config.model_path, *config.models]
     models = Models(config, listed, any_model=config.visitors_name_models)
-    signal.signal(signal.SIGTERM, _interrupt)  # so that the uploads are deleted
-    with _listen(config.host, config.port) as listener, tempfile.TemporaryDirectory(prefix="aurora-web-") as folder:
-        import uvicorn
-
+    with listen(config.host, config.port) as listener, tempfile.TemporaryDirectory(prefix="aurora-web-") as folder:
         models.load(models.path_of(models.choices[0], ""))
         app = make_app(config, models, Path(folder).resolve())
         port = listener.getsockname()[1]
         print(f"Aurora on http://{'127.0.0.1' if config.host in LOOPBACK else config.host}:{port} (Ctrl-C ends it)",
               flush=True)  # fmt: skip
-        server = uvicorn.Server(uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=1))
-        handle_exit = server.handle_exit
-
-        def end(sig: int, frame: FrameType | None) -> None:
-            # Open pages hold a connection; that it is cut is no error then.
-            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-            handle_exit(sig, frame)
-
-        server.handle_exit = end  # type: ignore[method-assign]
-        try:
-            server.run(sockets=[listener])
-        except KeyboardInterrupt:
-            print("stopped", file=sys.stderr)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        reason = str(error.strerror or error).partition(" (")[0]  # Python adds the address
-        raise ValueError(f"host={host} port={port}: {reason}; want a free address, port=0 takes one") from None
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+        run_server(app, listener)
 
 
 @hydra.main(version_base="1.3", config_path="pkg://aurora.configs", config_name="web")

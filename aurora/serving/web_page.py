@@ -16,12 +16,12 @@ from aurora.processing.image import AspectRatio
 from aurora.processing.video import load_visual
 from aurora.runtime import describe_error
 from aurora.serving import web_view
+from aurora.serving.limits import Limits
 from aurora.serving.web_runs import (
     FOLDER,
     GENERAL_PROMPTS,
     HUB_ID,
     MAX_PROMPT_LETTERS,
-    Limits,
     Models,
     Progress,
     Sessions,

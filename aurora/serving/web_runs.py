@@ -30,6 +30,7 @@ from aurora.processing.image import AspectRatio, AuroraImageProcessor
 from aurora.processing.processor import AuroraProcessor
 from aurora.processing.video import SampledVideo, load_visual
 from aurora.runtime import RuntimeConfig, resolve_device, resolve_dtype
+from aurora.serving.limits import Limits
 from aurora.visualization.film import TracedRun, seen_pictures
 from aurora.visualization.merge_map import Picture, traces_of_clip
 
@@ -51,28 +52,6 @@ GENERAL_PROMPTS = {
     Category.main_object: "Describe the main subject of the video: how it looks, what it does and how it moves.",
 }
 """The five structured captions of VDC, asked of a model of everyday videos."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Limits:
-    """What one visitor may ask for."""
-
-    max_upload_mb: int = 100
-    """Largest file, megabytes."""
-    max_frames: int = 32
-    """Most frames of a video."""
-    max_new_tokens: int = 1024
-    """Longest caption, tokens."""
-    max_seconds: int = 300
-    """A run ends after so long, with the caption as far as it is; a step of the model is not interrupted."""
-    max_waiting: int = 16
-    """Runs that may wait; they are done one after another."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        for limit in dataclasses.fields(self):
-            if (value := getattr(self, limit.name)) < 1:
-                raise ValueError(f"limits.{limit.name}={value}: want at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

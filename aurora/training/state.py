@@ -7,7 +7,6 @@ part into `shards/` (torch.distributed.checkpoint). Either is read by any number
 that name is always complete: what is being written is called `.writing-*` until the rename.
 """
 
-import fcntl
 import json
 import pickle
 import re
@@ -28,6 +27,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from aurora.checkpoint.store import sync
+from aurora.records import lock_file
 from aurora.training.distributed import World
 from aurora.training.ema import WeightAverage
 
@@ -128,15 +128,7 @@ def lock_folder(folder: Path) -> IO[str]:
     Raises:
         ValueError: if another run holds it.
     """
-    lock = (folder / LOCK_FILE).open("a")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        raise ValueError(f"run_dir={folder}: another run writes there now; want its end, or another run_dir") from None
-    except OSError:
-        pass  # a file system without locks
-    return lock
+    return lock_file(folder / LOCK_FILE, f"run_dir={folder}")
 
 
 def read_state(path: Path) -> dict[str, Any]:

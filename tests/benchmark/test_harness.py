@@ -17,6 +17,7 @@ from aurora.benchmark.harness import (
     device_slug,
     expect_close,
     header,
+    is_met,
     percentiles,
     print_table,
     write_report,
@@ -175,3 +176,18 @@ def test_the_report_is_written_and_is_the_last_line(tmp_path, monkeypatch, capsy
     assert any("1.5" in line for line in lines)
     assert any("1234" in line for line in lines)
     assert write_report("x", {}, [], "elsewhere/a.json").is_file()
+
+
+def test_what_is_wanted_is_compared_with_what_was_measured():
+    wanted = {"wanted": "share >= 0.7, cost <= 2"}
+    assert is_met(wanted | {"share": 0.7, "cost": 2}) is True
+    assert is_met(wanted | {"share": 0.6, "cost": 1}) is False
+    assert is_met(wanted | {"share": 0.8, "cost": 2.1}) is False
+    assert is_met(wanted | {"share": 0.8, "cost": None}) is None
+    assert is_met(wanted | {"share": None, "cost": 3.0}) is False
+    strict = {"wanted": "ratio > 1, |errors| < 2"}
+    assert is_met(strict | {"ratio": 1.1, "errors": -1.9}) is True
+    assert is_met(strict | {"ratio": 1.0, "errors": 0.0}) is False
+    assert is_met(strict | {"ratio": 1.1, "errors": -2.0}) is False
+    with pytest.raises(KeyError):
+        is_met({"wanted": "ratio == 1", "ratio": 1})

@@ -7,9 +7,10 @@ import pytest
 from aurora.captioning import BUNDLED_MODEL
 from aurora.data.bundled import MEDIA, read_clips
 from aurora.serving import web
+from aurora.serving.limits import Limits
 from aurora.serving.web import MAX_MESSAGE_BYTES, Gate, WebConfig, make_app, serve
 from aurora.serving.web_page import BUDGET, SHARE, Page
-from aurora.serving.web_runs import BUNDLED, FOLDER, HUB_ID, Limits, Models
+from aurora.serving.web_runs import BUNDLED, FOLDER, HUB_ID, Models
 
 CLIP = MEDIA / read_clips(MEDIA)[0].file
 VISITOR = SimpleNamespace(session_hash="visitor")

@@ -12,7 +12,7 @@ import pytest
 from aurora.data.bundled import MEDIA, read_clips
 from aurora.data.tinyworld import render_clip, sample_scene
 from aurora.visualization.figure import save_picture
-from tests.serving.web_process import ROOT, web_page
+from tests.serving.processes import ROOT, server
 from tests.visualization.browser import chromium, open_tab
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -29,7 +29,7 @@ WRITING = """(known) => {
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with web_page() as (address, _):
+    with server("web") as (address, _):
         yield address
 
 
@@ -245,7 +245,7 @@ def test_two_visitors_take_turns(visitor: Visitor, browser: Any, address: str) -
 
 
 def test_a_full_queue_is_told(browser: Any) -> None:
-    with web_page("limits.max_waiting=1") as (address, _):
+    with server("web", "limits.max_waiting=1") as (address, _):
         visitors = [Visitor(browser, address) for _ in range(3)]
         for visitor in visitors:
             visitor.tab.locator("#examples button").first.click()
@@ -298,7 +298,7 @@ def test_it_fits_phones_and_dark_pages(browser: Any, address: str, scheme: str, 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
 def test_it_ends_with_an_open_page(browser: Any, end: signal.Signals, tmp_path: Path) -> None:
-    with web_page(temporary=tmp_path) as (address, process):
+    with server("web", temporary=tmp_path) as (address, process):
         visitor = Visitor(browser, address)
         visitor.upload(MEDIA / CLIP.file)
         visitor.says("Ready")
@@ -314,5 +314,5 @@ def test_it_ends_with_an_open_page(browser: Any, end: signal.Signals, tmp_path: 
 def test_a_taken_port_is_told(address: str) -> None:
     port = address.rpartition(":")[2]
     said = rf"^error: host=127\.0\.0\.1 port={port}: Address already in use; want a free address, port=0 takes one\n$"
-    with pytest.raises(AssertionError, match=said), web_page(f"port={port}"):
+    with pytest.raises(AssertionError, match=said), server("web", f"port={port}"):
         pass

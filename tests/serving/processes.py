@@ -1,4 +1,4 @@
-"""The web page in a process of its own, as a user starts it."""
+"""The servers in processes of their own, as a user starts them."""
 
 import os
 import re
@@ -13,10 +13,10 @@ ROOT = Path(__file__).parents[2]
 
 
 @contextmanager
-def web_page(*settings: str, temporary: Path | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """Start `scripts/web.py` on a free port; gives its address and the process, which keeps uploads in `temporary`."""
+def server(script: str, *settings: str, temporary: Path | None = None) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Start `scripts/<script>.py` on a free port; gives its address and the process, whose files go to `temporary`."""
     process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "web.py"), "port=0", *settings],
+        [sys.executable, str(ROOT / "scripts" / f"{script}.py"), "port=0", *settings],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
