@@ -99,13 +99,13 @@ def compare(
         for round_number in range(repeats):
             turn = round_number % len(names)
             for name in names[turn:] + names[:turn]:
-                torch.set_num_threads(threads[name])
+                use_threads(threads[name])
                 for _ in range(settle):
                     time_once(sides[name], device)
                 samples[name].append(_sample(sides[name], device))
             tell(f"round {round_number + 1} of {repeats}")
     finally:
-        torch.set_num_threads(before)
+        use_threads(before)
     base = statistics.median(sample.ms for sample in samples[baseline])
     rows = []
     for name in names:
@@ -118,6 +118,12 @@ def compare(
             rows[-1]["cpu_ms"] = statistics.median(sample.cpu_ms for sample in samples[name])
             rows[-1]["page_faults"] = int(statistics.median(sample.page_faults for sample in samples[name]))
     return rows
+
+
+def use_threads(count: int) -> None:
+    """Set PyTorch's threads if they are not so many already: setting them empties oneDNN's store of made products."""
+    if torch.get_num_threads() != count:
+        torch.set_num_threads(count)
 
 
 def time_once(run: Callable[[], object], device: torch.device) -> float:
@@ -340,7 +346,7 @@ def _best_threads(run: Callable[[], object], warmup: int, counts: Sequence[int],
     """Warm a side up with each number of threads and return the one that its quickest call had."""
     best: dict[int, float] = {}
     for count in counts:
-        torch.set_num_threads(count)
+        use_threads(count)
         # One count needs no choice: then the first call was a warm-up already.
         for _ in range(max(1, warmup) if len(counts) > 1 else max(0, warmup - 1)):
             took = time_once(run, device)
