@@ -92,6 +92,15 @@ def test_parameters_without_gradients_are_taken(taken):
     assert not got.requires_grad
 
 
+def test_whoever_counts_operations_finds_them(taken):
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        linear(torch.randn(640, 128), torch.randn(512, 128))
+    assert counter.get_total_flops() == 2 * 640 * 128 * 512
+    assert not taken
+
+
 def test_it_compiles_without_it(taken):
     compiled = torch.compile(lambda x, weight: linear(x, weight), fullgraph=True, backend="eager")
     compiled(torch.randn(640, 128), torch.randn(512, 128))
