@@ -58,7 +58,8 @@ def scores(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _takes_onednn(num_products: int, *tensors: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or num_products < MIN_PRODUCTS or not onednn_is_faster():
+    # Compiling comes first: a comparison would bind the code to this count of tokens.
+    if torch.compiler.is_compiling() or not onednn_is_faster() or num_products < MIN_PRODUCTS:
         return False
     if torch._C._len_torch_dispatch_stack():  # whoever counts or records operators knows PyTorch's own
         return False

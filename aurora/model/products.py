@@ -21,10 +21,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aurora.kernels.linear import linear as multiply_linear
 from aurora.model.int8 import Int8Linear
+from aurora.model.linear import Linear
 
 
 class Decoding(Enum):
@@ -157,11 +158,11 @@ def _joined(linears: Sequence[nn.Module]) -> Product:
     """One weight whose rows the parameters become views of, so that no weight is held twice."""
     weights = [_weight(linear) for linear in linears]
     if len(weights) == 1:
-        return lambda x: F.linear(x, weights[0])
+        return lambda x: multiply_linear(x, weights[0])
     whole = torch.cat(weights)
     for weight, view in zip(weights, whole.split([len(weight) for weight in weights]), strict=True):
         weight.data = view
-    return lambda x: F.linear(x, whole)
+    return lambda x: multiply_linear(x, whole)
 
 
 def _side_by_side(linears: Sequence[nn.Module]) -> Product:
@@ -169,7 +170,7 @@ def _side_by_side(linears: Sequence[nn.Module]) -> Product:
         return lambda x: torch.cat([linear(x) for linear in linears], dim=-1)
     (linear,) = linears
     if isinstance(linear, nn.Embedding):
-        return lambda x: F.linear(x, linear.weight)
+        return lambda x: multiply_linear(x, linear.weight)
     return linear
 
 
@@ -187,7 +188,7 @@ def _is_plain(linear: nn.Module) -> bool:
     """Whether a product with its weight is all that a module does."""
     if type(linear) is nn.Embedding:  # a tied head
         return True
-    return type(linear) is nn.Linear and linear.bias is None and _unobserved(linear)
+    return type(linear) in (nn.Linear, Linear) and linear.bias is None and _unobserved(linear)
 
 
 def _packable(linear: nn.Module) -> bool:

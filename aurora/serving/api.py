@@ -300,6 +300,7 @@ def make_app(service: Service) -> Starlette:
     from starlette.exceptions import HTTPException
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.requests import ClientDisconnect
     from starlette.responses import Response, StreamingResponse
     from starlette.routing import Route
 
@@ -335,6 +336,9 @@ def make_app(service: Service) -> Starlette:
         status, body = _refusal(error)
         return _json(body, status, {"retry-after": "1"} if status in (429, 503) else {})
 
+    async def forget(request: Request, error: Exception) -> Response:
+        return Response(status_code=_CLOSED_REQUEST)
+
     # A page elsewhere could reach a server on this machine alone under a name of its own.
     own_names = Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost", "[::1]"])
     kinds = (ValueError, QueueFull, HTTPException, torch.OutOfMemoryError, Exception)
@@ -345,7 +349,7 @@ def make_app(service: Service) -> Starlette:
             Route("/v1/chat/completions", chat, methods=["POST"]),
         ],
         middleware=[own_names] if service.config.host in LOOPBACK else [],
-        exception_handlers=dict.fromkeys(kinds, refuse),
+        exception_handlers={**dict.fromkeys(kinds, refuse), ClientDisconnect: forget},
     )
 
 
