@@ -24,8 +24,9 @@ from tests.serving.processes import server
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 CLIPS = [MEDIA / clip.file for clip in read_clips(MEDIA)]
 PROMPT = "Describe the video in detail."
-LONG = {"max_tokens": 1000, "min_tokens": 1000}
-"""An answer that takes a while."""
+LONG = {"max_tokens": 1500, "min_tokens": 1500, "n": 8, "temperature": 1.0}
+"""Answers that take a while: ten seconds on two fast cores."""
+SETTINGS = ("limits.max_new_tokens=1500",)
 
 
 def message(number: int) -> dict:
@@ -36,7 +37,7 @@ def message(number: int) -> dict:
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with server("serve") as (address, _):
+    with server("serve", *SETTINGS) as (address, _):
         yield address
 
 
@@ -136,7 +137,7 @@ def test_a_body_that_never_comes_holds_nobody_up(address, client):
 
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "term"])
 def test_it_ends_when_told_to(sign):
-    with server("serve") as (address, process):
+    with server("serve", *SETTINGS) as (address, process):
         half_a_request(address).close()
         connection = post(address, {"messages": [message(3)], "stream": True, **LONG})
         waits_for(address, running=1)
@@ -154,7 +155,7 @@ def test_a_taken_port_is_told_before_the_model_loads():
 
 
 def test_a_queue_that_is_full():
-    with server("serve", "limits.max_waiting=1", "max_batch=1") as (address, _):
+    with server("serve", *SETTINGS, "limits.max_waiting=1", "max_batch=8") as (address, _):
         held = [post(address, {"messages": [message(0)], **LONG})]
         waits_for(address, running=1)
         held.append(post(address, {"messages": [message(1)], **LONG}))
