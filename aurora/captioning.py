@@ -17,30 +17,26 @@ import torch
 from omegaconf import MISSING, DictConfig
 from torch import Tensor
 
-from aurora.checkpoint.pretrained import resolve_checkpoint
-from aurora.checkpoint.quantization import KINDS
 from aurora.config import load_config, register_schema
 from aurora.generation.engine import Streamer
 from aurora.generation.memory import available_bytes, row_bytes
 from aurora.generation.sampling import SamplingConfig
 from aurora.generation.streaming import TextCallback, cut_at_stop
-from aurora.model.attention_backends import BACKENDS
+from aurora.loading import BUNDLED_MODEL as BUNDLED_MODEL
+from aurora.loading import ModelConfig
 from aurora.model.merge import MergeConfig
 from aurora.modeling import AuroraForConditionalGeneration, GenerateOutput
 from aurora.processing.chat import IMAGE_TOKEN
-from aurora.processing.image import AspectRatio
 from aurora.processing.inputs import find_inputs
 from aurora.processing.prefetch import read_ahead
 from aurora.processing.processor import AuroraProcessor
 from aurora.processing.video import SampledVideo, load_visual
 from aurora.records import JsonLines
-from aurora.runtime import RuntimeConfig, describe_error, resolve_device, resolve_dtype, set_threads
+from aurora.runtime import describe_error
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-BUNDLED_MODEL = Path(__file__).parent / "assets" / "aurora-tiny"
-"""The checkpoint that comes with the package."""
 MAX_AUTO_BATCH = 16
 """Inputs in a batch with batch_size=auto: more gain little, and captions would come in ever larger bursts."""
 READ_AHEAD = 2
@@ -50,27 +46,15 @@ PROMPT_TOKENS = 512
 
 
 @dataclass(kw_only=True, slots=True)
-class CaptionConfig(RuntimeConfig):
+class CaptionConfig(ModelConfig):
     """Describe images and videos."""
 
     visual_input: str = MISSING
     """An image, a video, a folder of them or a glob such as "clips/*.mp4"."""
     prompt: str = "Describe the video in detail."
     """What to ask about each input."""
-    model_path: str | None = None
-    """Checkpoint folder or hub id; null is the bundled aurora-tiny."""
-    quantization: str | None = None
-    """Read the language model in fewer bits: int8 (ours), int8_bnb, nf4 or fp4 (bitsandbytes); null: as stored."""
-    attn_implementation: str = "auto"
-    """Attention: auto, eager, sdpa, triton or flash_attention_2; what is asked for runs, or the run stops."""
     num_frm: int = 8
     """Frames sampled from a video, evenly over its length; an image is one frame."""
-    token_kept_ratio: float | None = None
-    """Share of visual tokens to keep, in (0, 1]; short for merge.token_kept_ratio."""
-    merge: MergeConfig = field(default_factory=lambda: MergeConfig(token_kept_ratio=0.2))
-    """How visual tokens are merged."""
-    image_aspect_ratio: AspectRatio | None = None
-    """How frames become square: pad, crop or squash; null is the checkpoint's choice."""
     max_new_tokens: int = 2048
     """At most so many new tokens; generation stops at the end-of-text token."""
     temperature: float = 0.0
@@ -102,11 +86,9 @@ class CaptionConfig(RuntimeConfig):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        RuntimeConfig.__post_init__(self)
+        ModelConfig.__post_init__(self)
         if self.num_frm < 1:
             raise ValueError(f"num_frm={self.num_frm}: want at least 1 frame")
-        if self.token_kept_ratio is not None and not 0 < self.token_kept_ratio <= 1:
-            raise ValueError(f"token_kept_ratio={self.token_kept_ratio}: want a number in (0, 1]")
         if IMAGE_TOKEN in self.prompt:
             raise ValueError(
                 f"prompt: holds {self.prompt.count(IMAGE_TOKEN)} {IMAGE_TOKEN} of its own; want none, one is placed "
@@ -116,10 +98,6 @@ class CaptionConfig(RuntimeConfig):
             raise ValueError("visual_input='': want an image, a video, a folder or a glob")
         if self.batch_size != "auto" and (not isinstance(self.batch_size, int) or self.batch_size < 1):
             raise ValueError(f"batch_size={self.batch_size}: want auto or a number of at least 1")
-        if self.quantization not in (None, *KINDS):
-            raise ValueError(f"quantization={self.quantization}: want null or one of {', '.join(KINDS)}")
-        if self.attn_implementation not in BACKENDS:
-            raise ValueError(f"attn_implementation={self.attn_implementation}: want one of {', '.join(BACKENDS)}")
         _ = self.sampling  # checks the rest
 
     @property
@@ -138,13 +116,6 @@ class CaptionConfig(RuntimeConfig):
             stop=self.stop,
             seed=self.seed,
         )
-
-    @property
-    def effective_merge(self) -> MergeConfig:
-        """The merge settings with the short key applied."""
-        if self.token_kept_ratio is None:
-            return self.merge
-        return dataclasses.replace(self.merge, token_kept_ratio=self.token_kept_ratio)
 
 
 register_schema("caption_schema", CaptionConfig)
@@ -184,17 +155,7 @@ class Captioner:
         Raises:
             ValueError: if the device does not exist or the checkpoint cannot be read.
         """
-        device = resolve_device(config.device)
-        set_threads(config.threads)
-        path = resolve_checkpoint(config.model_path if config.model_path is not None else BUNDLED_MODEL)
-        processor = AuroraProcessor.from_pretrained(path)
-        model = AuroraForConditionalGeneration.from_pretrained(
-            path,
-            torch_dtype=resolve_dtype(config.dtype, device),
-            device_map=device,
-            attn_implementation=config.attn_implementation,
-            quantization_config=config.quantization,
-        )
+        model, processor = config.load()
         return cls(model, processor, config)
 
     def caption(self, path: Path, *, streamer: Streamer | None = None) -> dict[str, Any]:

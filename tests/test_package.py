@@ -25,7 +25,7 @@ IDS = [file.relative_to(ROOT).as_posix() for file in SOURCES]
 LEVELS = [
     {"scripts"},
     {"cli", "demo"},
-    {"serving", "evaluation", "benchmark", "training", "visualization", "captioning", "conversion"},
+    {"serving", "evaluation", "benchmark", "training", "visualization", "captioning", "conversion", "loading"},
     {"modeling"},
     {"generation", "checkpoint", "processing", "data"},
     {"model"},

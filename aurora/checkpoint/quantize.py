@@ -19,7 +19,7 @@ from aurora.checkpoint.lazy import LazyTensor
 from aurora.checkpoint.quantization import BitsAndBytesConfig, Int8Config, QuantizationConfig, computing_in
 from aurora.model.captioner import AuroraModel
 from aurora.model.int8 import Int8Linear, quantize_rows, row_scales
-from aurora.model.linear import Linear
+from aurora.model.linear import is_plain_linear
 from aurora.model.llama import Llama, LlamaConfig
 
 PREFIX = "language_model."
@@ -168,7 +168,7 @@ def find_quantization(model: nn.Module) -> QuantizationConfig | None:
     if llama is None:
         return None
     modules = dict(llama.named_modules())
-    plain = tuple(name for name, module in modules.items() if type(module) in (nn.Linear, Linear) and name != "lm_head")
+    plain = tuple(name for name, module in modules.items() if is_plain_linear(module) and name != "lm_head")
     if "bitsandbytes" in sys.modules:
         from aurora.checkpoint.bnb import find
 

@@ -7,6 +7,11 @@ from torch import Tensor, nn
 from aurora.kernels.linear import linear
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer and nothing more, unlike those of quantised weights or adapters."""
+    return type(module) in (nn.Linear, Linear)
+
+
 class Linear(nn.Linear):
     """`nn.Linear`, with the same parameters and results."""
 

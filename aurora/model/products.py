@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from aurora.kernels.linear import linear as multiply_linear
 from aurora.model.int8 import Int8Linear
-from aurora.model.linear import Linear
+from aurora.model.linear import is_plain_linear
 
 
 class Decoding(Enum):
@@ -188,7 +188,7 @@ def _is_plain(linear: nn.Module) -> bool:
     """Whether a product with its weight is all that a module does."""
     if type(linear) is nn.Embedding:  # a tied head
         return True
-    return type(linear) in (nn.Linear, Linear) and linear.bias is None and _unobserved(linear)
+    return is_plain_linear(linear) and linear.bias is None and _unobserved(linear)
 
 
 def _packable(linear: nn.Module) -> bool:

@@ -27,23 +27,17 @@ import hydra
 import torch
 from omegaconf import DictConfig
 
-from aurora.captioning import BUNDLED_MODEL
-from aurora.checkpoint.pretrained import resolve_checkpoint
-from aurora.checkpoint.quantization import KINDS
 from aurora.config import load_config, register_schema
 from aurora.generation.options import MergeOptions, merge_for_call
 from aurora.generation.sampling import SamplingConfig
-from aurora.model.attention_backends import BACKENDS
+from aurora.loading import BUNDLED_MODEL, ModelConfig
 from aurora.model.merge import MergeConfig
-from aurora.modeling import AuroraForConditionalGeneration
 from aurora.processing.chat import tokenize_prompt
-from aurora.processing.image import AspectRatio
-from aurora.processing.processor import AuroraProcessor
-from aurora.runtime import RuntimeConfig, describe_error, read_key, resolve_device, resolve_dtype, set_threads
+from aurora.runtime import describe_error, read_key
 from aurora.serving.chat_request import ChatRequest, Replies, RequestError, error_body, read_request
 from aurora.serving.jobs import Clip, Done, Job, QueueFull, Scheduler
 from aurora.serving.limits import Limits
-from aurora.serving.listen import LOOPBACK, listen, run_server
+from aurora.serving.listen import LOOPBACK, address_of, listen, run_server
 from aurora.serving.media import load_media
 
 if TYPE_CHECKING:
@@ -64,29 +58,17 @@ _CLOSED_REQUEST = 499
 
 
 @dataclass(kw_only=True, slots=True)
-class ServeConfig(RuntimeConfig):
+class ServeConfig(ModelConfig):
     """Serve a captioner to clients of OpenAI's chat completions."""
 
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in."""
     port: int = 8000
     """Port to listen on; 0 takes a free one."""
-    model_path: str | None = None
-    """Checkpoint folder or hub id; null is the bundled aurora-tiny."""
     model_name: str | None = None
     """What clients call the model; null is the last part of model_path."""
-    quantization: str | None = None
-    """Read the language model in fewer bits: int8 (ours), int8_bnb, nf4 or fp4 (bitsandbytes); null: as stored."""
-    attn_implementation: str = "auto"
-    """Attention: auto, eager, sdpa, triton or flash_attention_2; what cannot run here is refused."""
     num_frm: int = 8
     """Frames sampled from a video, unless a request says num_frames."""
-    token_kept_ratio: float | None = None
-    """Share of visual tokens to keep, in (0, 1]; short for merge.token_kept_ratio."""
-    merge: MergeConfig = field(default_factory=lambda: MergeConfig(token_kept_ratio=0.2))
-    """How visual tokens are merged, unless a request says otherwise."""
-    image_aspect_ratio: AspectRatio | None = None
-    """How frames become square: pad, crop or squash; null is the checkpoint's choice."""
     max_new_tokens: int = 256
     """At most so many new tokens, unless a request says otherwise."""
     temperature: float = 0.0
@@ -108,7 +90,7 @@ class ServeConfig(RuntimeConfig):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        RuntimeConfig.__post_init__(self)
+        ModelConfig.__post_init__(self)
         if not 0 <= self.port <= 65535:
             raise ValueError(f"port={self.port}: want 0 to 65535")
         for key, least in (("num_frm", 1), ("max_batch", 1), ("cached_clips", 0)):
@@ -118,12 +100,6 @@ class ServeConfig(RuntimeConfig):
             raise ValueError(f"num_frm={self.num_frm}: want at most limits.max_frames={self.limits.max_frames}")
         if self.max_new_tokens > (most := self.limits.max_new_tokens):
             raise ValueError(f"max_new_tokens={self.max_new_tokens}: want at most limits.max_new_tokens={most}")
-        if self.token_kept_ratio is not None and not 0 < self.token_kept_ratio <= 1:
-            raise ValueError(f"token_kept_ratio={self.token_kept_ratio}: want a number in (0, 1]")
-        if self.quantization not in (None, *KINDS):
-            raise ValueError(f"quantization={self.quantization}: want null or one of {', '.join(KINDS)}")
-        if self.attn_implementation not in BACKENDS:
-            raise ValueError(f"attn_implementation={self.attn_implementation}: want one of {', '.join(BACKENDS)}")
         _ = self.sampling  # checks the rest
 
     @property
@@ -135,13 +111,6 @@ class ServeConfig(RuntimeConfig):
             top_p=self.top_p,
             repetition_penalty=self.repetition_penalty,
         )
-
-    @property
-    def effective_merge(self) -> MergeConfig:
-        """The merge settings with the short key applied."""
-        if self.token_kept_ratio is None:
-            return self.merge
-        return dataclasses.replace(self.merge, token_kept_ratio=self.token_kept_ratio)
 
 
 register_schema("serve_schema", ServeConfig)
@@ -159,22 +128,9 @@ class Service:
         self.config = config
         self.media_folder = _media_folder(config.media_folder)
         self.api_key = read_key("api_key_file", config.api_key_file)
-        device = resolve_device(config.device)
-        set_threads(config.threads)
-        path = resolve_checkpoint(config.model_path if config.model_path is not None else BUNDLED_MODEL)
         self.name = config.model_name or (config.model_path or BUNDLED_MODEL.name).rstrip("/").rpartition("/")[2]
         self.created = int(time.time())
-        self.processor = AuroraProcessor.from_pretrained(path)
-        if config.image_aspect_ratio is not None:
-            images = self.processor.image_processor
-            images.config = dataclasses.replace(images.config, aspect_ratio=config.image_aspect_ratio)
-        self.model = AuroraForConditionalGeneration.from_pretrained(
-            path,
-            torch_dtype=resolve_dtype(config.dtype, device),
-            device_map=device,
-            attn_implementation=config.attn_implementation,
-            quantization_config=config.quantization,
-        )
+        self.model, self.processor = config.load()
         self.scheduler = Scheduler(
             self.model,
             self.processor,
@@ -468,8 +424,7 @@ def serve(config: ServeConfig) -> None:
             raise ValueError(f"serve: needs {package}; pip install 'aurora-captioner[serve]'")
     with listen(config.host, config.port) as listener:
         service = Service(config)
-        shown = "127.0.0.1" if config.host in LOOPBACK else config.host
-        print(f"{service.name} on http://{shown}:{listener.getsockname()[1]}/v1 (Ctrl-C ends it)", flush=True)
+        print(f"{service.name} on {address_of(listener, config.host)}/v1 (Ctrl-C ends it)", flush=True)
         if config.host not in LOOPBACK and not service.api_key:
             print("everybody who reaches this port may use it; api_key_file=... asks for a key", file=sys.stderr)
         try:

@@ -17,6 +17,7 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
 from contextlib import closing
 from dataclasses import dataclass
 from enum import Enum
@@ -222,8 +223,6 @@ def _run_here(config: CorpusConfig, shards: Sequence[Shard]) -> Iterator[Counts]
     alone = dataclasses.replace(config, threads=1)
     with worker_pool(workers) as pool:
         assert pool is not None
-        from concurrent.futures import as_completed
-
         for done in as_completed([pool.submit(_run, alone, shard) for shard in shards]):
             yield done.result()
 
@@ -293,37 +292,36 @@ def _left(shard: Shard, config: CorpusConfig) -> Shard:
 
 
 def _put_together(config: CorpusConfig, folder: Path, shards: Sequence[Shard]) -> None:
-    """Write captions.jsonl: of each file the last row, in the order of the shards."""
+    """Write captions.jsonl: of each file the last row, in the order of the shards; not while some have none."""
     shared = shared_columns(config)
-    if missing := sum(bool(_without_row(shard, shared)) for shard in shards):
-        print(f"{missing} of {len(shards)} shards are other parts'; the last part writes {CAPTIONS_FILE}",
-              file=sys.stderr)  # fmt: skip
-        return
     target = folder / CAPTIONS_FILE
     beside = target.with_name(f".{CAPTIONS_FILE}.{os.getpid()}.part")
+    missing = 0
     try:
         with beside.open("wb") as file:
             for shard in shards:
                 rows = _rows_by_file(shard, shared)
-                for name in map(str, shard.files):
+                names = [str(name) for name in shard.files]
+                missing += any(name not in rows for name in names)
+                for name in names if not missing else ():
                     file.write(json.dumps(rows[name], ensure_ascii=False).encode(errors="backslashreplace") + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(target)
+        if not missing:
+            beside.replace(target)
     finally:
         beside.unlink(missing_ok=True)
-    print(target)
+    if missing:
+        of_all = f"{missing} of {len(shards)} shards"
+        print(f"{of_all} are other parts'; the last part writes {CAPTIONS_FILE}", file=sys.stderr)
+    else:
+        print(target)
 
 
 def _rows_by_file(shard: Shard, shared: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The last row of each file with these settings."""
     rows = (row for row in read_rows(shard.path) if all(row.get(key) == shared[key] for key in shared))
     return {str(row.get("file")): row for row in rows}
-
-
-def _without_row(shard: Shard, shared: dict[str, Any]) -> list[Path]:
-    rows = _rows_by_file(shard, shared)
-    return [file for file in shard.files if str(file) not in rows]
 
 
 def _first_error(shards: Sequence[Shard]) -> str:

@@ -255,14 +255,14 @@ class _Run:
         for row, (job, _) in enumerate(self.rows):
             ids[row, width - len(job.ids) :] = torch.tensor(job.ids)
             mask[row, width - len(job.ids) :] = True
-        counts = [[]] * len(self.batch) if prefix is None else self._counts(prefix)
-        for job, own, was_cached, seconds in zip(self.batch, counts, cached, encode_s, strict=True):
-            num_visual = sum(own)
-            patches = 0 if job.clip is None else self._patches(job.clip)
+        row = 0
+        for job, was_cached, seconds in zip(self.batch, cached, encode_s, strict=True):
+            counts, patches = ([], 0) if prefix is None or job.clip is None else self._frames(prefix, row)
+            row += len(job.seeds)
             self._costs.append(
                 Costs(
-                    prompt_tokens=num_visual + len(job.ids) - len(own),
-                    visual_tokens_per_frame=own,
+                    prompt_tokens=sum(counts) + len(job.ids) - len(counts),
+                    visual_tokens_per_frame=counts,
                     num_patches=patches,
                     seconds={**job.seconds, "encode": seconds},
                     cached=was_cached,
@@ -328,23 +328,11 @@ class _Run:
         features = [prefixes[(job.clip or known[0]).key].features for job, _ in self.rows]
         return VisualPrefix(features=VisualFeatures.join(features), seconds=0.0), cached, seconds
 
-    def _counts(self, prefix: VisualPrefix) -> list[list[int]]:
-        """Visual tokens of each job, per frame."""
-        counts = prefix.features.counts
-        first_row, row = [], 0
-        for job in self.batch:
-            first_row.append(row)
-            row += len(job.seeds)
-        per_clip = len(self.rows) // len(counts)
-        return [
-            counts[row // per_clip] if job.clip is not None else []
-            for job, row in zip(self.batch, first_row, strict=True)
-        ]
-
-    def _patches(self, clip: Clip) -> int:
-        num_frames, _, height, width = clip.pixels.shape
-        plans = self.scheduler.model.model.plan(num_frames, height, width, clip.merge)
-        return sum(plan.num_patches for plan in plans)
+    def _frames(self, prefix: VisualPrefix, row: int) -> tuple[list[int], int]:
+        """Visual tokens of each frame of a row, and the patches of all of them."""
+        features = prefix.features
+        clip = row * len(features.plans) // len(self.rows)  # one for all, or one for each
+        return features.counts[clip], sum(plan.num_patches for plan in features.plans[clip])
 
     def _finish(self, made: GenerateOutput | None) -> None:
         """Tell every job its answers; without a result they end where they were stopped."""

@@ -32,6 +32,11 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"host={host} port={port}: {reason}; want a free address, port=0 takes one") from None
 
 
+def address_of(listener: socket.socket, host: str) -> str:
+    """How to reach a listener of `listen(host, ...)`, such as http://127.0.0.1:8000."""
+    return f"http://{'127.0.0.1' if host in LOOPBACK else host}:{listener.getsockname()[1]}"
+
+
 def run_server(app: Any, listener: socket.socket, *, limit_concurrency: int | None = None) -> None:
     """Serve until Ctrl-C or SIGTERM; connections that are open then get a second.
 

@@ -20,7 +20,7 @@ from aurora.config import load_config, register_schema
 from aurora.data.bundled import MEDIA
 from aurora.runtime import RuntimeConfig, set_threads
 from aurora.serving.limits import Limits
-from aurora.serving.listen import LOOPBACK, listen, run_server
+from aurora.serving.listen import LOOPBACK, address_of, listen, run_server
 from aurora.serving.web_runs import BUNDLED, Models
 
 if TYPE_CHECKING:
@@ -205,9 +205,7 @@ def serve(config: WebConfig) -> None:
     with listen(config.host, config.port) as listener, tempfile.TemporaryDirectory(prefix="aurora-web-") as folder:
         models.load(models.path_of(models.choices[0], ""))
         app = make_app(config, models, Path(folder).resolve())
-        port = listener.getsockname()[1]
-        print(f"Aurora on http://{'127.0.0.1' if config.host in LOOPBACK else config.host}:{port} (Ctrl-C ends it)",
-              flush=True)  # fmt: skip
+        print(f"Aurora on {address_of(listener, config.host)} (Ctrl-C ends it)", flush=True)
         run_server(app, listener)
 
 

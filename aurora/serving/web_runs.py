@@ -29,7 +29,7 @@ from aurora.processing.chat import IMAGE_TOKEN
 from aurora.processing.image import AspectRatio, AuroraImageProcessor
 from aurora.processing.processor import AuroraProcessor
 from aurora.processing.video import SampledVideo, load_visual
-from aurora.runtime import RuntimeConfig, resolve_device, resolve_dtype
+from aurora.runtime import RuntimeConfig, process_bytes, resolve_device, resolve_dtype
 from aurora.serving.limits import Limits
 from aurora.visualization.film import TracedRun, seen_pictures
 from aurora.visualization.merge_map import Picture, traces_of_clip
@@ -335,11 +335,7 @@ def _figures(loaded: Loaded, merged: Merged, made: GenerateOutput) -> Figures:
 def _memory_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    status = Path("/proc/self/status")
-    if device.type != "cpu" or not status.is_file():
-        return None
-    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text())
-    return None if found is None else int(found[1]) * 1024
+    return process_bytes("VmRSS") if device.type == "cpu" else None
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from aurora.checkpoint.layouts import XTUNER
 from aurora.checkpoint.lazy import lazy
 from aurora.checkpoint.lora import ADAPTER_FOLDERS, pair_factors
 from aurora.checkpoint.store import CheckpointError, WeightFiles, atomic_folder, write_json
-from aurora.model.linear import Linear
+from aurora.model.linear import is_plain_linear
 
 _PREFIX = "base_model.model."
 _WEIGHTS_STEM = "adapter_model"
@@ -239,9 +239,7 @@ def load_adapters(model: nn.Module, folder: Path) -> list[str]:
 def _adaptable(model: nn.Module) -> dict[str, nn.Linear]:
     """Linears by name, all but the output head: the loss takes its weight alone, and would not see an adapter."""
     named = model.named_modules()
-    return {
-        name: linear for name, linear in named if type(linear) in (nn.Linear, Linear) and not name.endswith("lm_head")
-    }
+    return {name: linear for name, linear in named if is_plain_linear(linear) and not name.endswith("lm_head")}
 
 
 def _wrap(model: nn.Module, name: str, *, rank: int, scale: float, dropout: float = 0.0) -> LoraLinear:
